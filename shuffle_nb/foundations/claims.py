@@ -12,6 +12,7 @@ import operator
 import sys
 from dataclasses import asdict, dataclass
 from html import escape
+from typing import SupportsFloat
 
 # %% ../../nbs/foundations/03_claims.ipynb #cell-004
 RELATIONS = {
@@ -33,25 +34,24 @@ class Claim:
 
     text: str  # what is claimed, in a short sentence
     paper: str  # the paper's number, with data set and setting; "-" if it gives none
-    ours: float  # measured in this run
+    ours: SupportsFloat  # measured in this run; a number, an array or tensor of one
     relation: str  # "<", "<=", ">", ">=" or "=="
-    bound: float  # what `ours` is held against
+    bound: SupportsFloat  # what `ours` is held against
     unit: str = ""
-    spread: float | None = None  # standard deviation over seeds
+    spread: SupportsFloat | None = None  # standard deviation over seeds
     seeds: int = 1  # how many runs `ours` is the mean of
 
     def __post_init__(self):
         if self.relation not in RELATIONS:
             raise ValueError(f"relation must be one of {list(RELATIONS)}, got {self.relation!r}")
-        if not math.isfinite(self.bound):
-            raise ValueError(f"bound must be a finite number, got {self.bound}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-        # Plain numbers, so that tensors and NumPy scalars can be stored as JSON.
         for name in ("ours", "bound", "spread"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
+            if value is not None:  # plain numbers can be stored as JSON, tensors cannot
                 object.__setattr__(self, name, float(value))
+        if not math.isfinite(self.bound):
+            raise ValueError(f"bound must be a finite number, got {self.bound}")
 
     @property
     def holds(self) -> bool:

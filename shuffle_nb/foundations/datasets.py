@@ -90,10 +90,14 @@ def photographs(
 
 
 def textures(
-    size: int = 64,  # height and width in pixels
+    size: int = 64,  # height and width in pixels, at most 512
 ) -> Float[Tensor, "3 1 size size"]:
-    """Load three grey textures: brick, grass, gravel."""
-    return _bundled_pictures(("brick", "grass", "gravel"), size)
+    """Cut squares out of three grey textures: brick, grass, gravel (shrunk, they would be flat)."""
+    if not 1 <= size <= 512:
+        raise ValueError(f"size must be in 1..512 pixels, got {size}")
+    whole = _bundled_pictures(("brick", "grass", "gravel"), 512)
+    corner = (512 - size) // 2
+    return whole[..., corner : corner + size, corner : corner + size].contiguous()
 
 
 def faces() -> Float[Tensor, "100 1 25 25"]:
@@ -102,7 +106,7 @@ def faces() -> Float[Tensor, "100 1 25 25"]:
 
     return torch.from_numpy(lfw_subset()[:100]).float()[:, None]
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-018
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-019
 def _package_folder(package: str) -> Path:
     """Find the folder of an installed (sub)package without importing it or its parents."""
     places = None
@@ -124,7 +128,7 @@ def _docstrings(path: Path) -> list[str]:
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
     return [text for node in nodes if (text := ast.get_docstring(node))]
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-019
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-020
 def package_docstrings(
     packages: Sequence[str],  # names such as "networkx" or "scipy.stats"
     max_chars: int | None = None,  # stop before this many characters
@@ -145,7 +149,7 @@ def package_docstrings(
                 found[text] = package
     return [(name, text) for text, name in found.items()]
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-022
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-023
 @dataclass(frozen=True)
 class PublicSet:
     """Where a public data set is found, and the names of its columns and splits."""
@@ -167,7 +171,7 @@ PUBLIC_TEXTS = {
     "tinystories": PublicSet("roneneldan/TinyStories", "text", test_split="validation"),
 }
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-023
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-024
 def _public_set(source: str, known: dict[str, PublicSet], ours: str, local: PublicSet) -> PublicSet:
     """Find the entry of `source`; a path to a folder has the columns of `local`."""
     if source in known:
@@ -195,7 +199,7 @@ def _load_split(public: PublicSet, split: str):
             "It is downloaded once; a local folder in the same format works too."
         ) from error
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-024
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-025
 def load_images(
     source: str = "digits",  # "digits", a name in PUBLIC_IMAGES, or a folder in that format
     *,
@@ -215,7 +219,7 @@ def load_images(
     test = _as_tensors(_load_split(public, public.test_split), public, None, size)
     return ImageData(*train, *test, int(train[1].max()) + 1, source)
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-025
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-026
 def _as_tensors(split, public: PublicSet, limit: int | None, size: int | None):
     """Turn a split of pictures into images (n, 3, height, width) in [0, 1] and labels (n,)."""
     if limit is not None:
@@ -229,7 +233,7 @@ def _as_tensors(split, public: PublicSet, limit: int | None, size: int | None):
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
     return images, torch.tensor(split[public.label])
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-026
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-027
 def load_text(
     source: str = "documentation",  # or a name in PUBLIC_TEXTS, or a folder in that format
     *,

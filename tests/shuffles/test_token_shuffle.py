@@ -254,9 +254,7 @@ def test_guidance_of_one_is_the_conditional_and_of_zero_the_unconditional_model(
     model = small_model().double()
     cond = torch.tensor([0, 1])
     greedy = dict(temperature=0)
-    assert torch.equal(
-        model.generate(cond, guidance=1.0, **greedy), model.generate(cond, **greedy)
-    )
+    assert torch.equal(model.generate(cond, guidance=1.0, **greedy), model.generate(cond, **greedy))
     assert torch.equal(
         model.generate(cond, guidance=0.0, **greedy),
         model.generate(torch.full_like(cond, 3), **greedy),
@@ -320,7 +318,9 @@ def test_flops_of_the_formula_and_of_the_worked_number():
     ratio = transformer_flops(4096, 3072) / transformer_flops(1024, 3072)
     assert ratio == pytest.approx(4.63, abs=0.01)
     # N >> 6 s^2 d: the ratio tends to s^4
-    assert transformer_flops(4 * 10**8, 64) / transformer_flops(10**8, 64) == pytest.approx(16, 1e-3)
+    assert transformer_flops(4 * 10**8, 64) / transformer_flops(10**8, 64) == pytest.approx(
+        16, 1e-3
+    )
 
 
 def test_flops_counted_in_the_transformer_are_those_of_the_formula():
@@ -337,7 +337,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            (lambda: token_shuffle(torch.zeros(1, 15, 2), (3, 5), 2), "divisible by window 2.*3 x 5"),
+            (
+                lambda: token_shuffle(torch.zeros(1, 15, 2), (3, 5), 2),
+                "divisible by window 2.*3 x 5",
+            ),
             (lambda: token_shuffle(torch.zeros(1, 15, 2), (4, 4), 2), r"expected 4\*4 tokens"),
             (lambda: token_shuffle(torch.zeros(16, 2), (4, 4), 2), r"got shape \(16, 2\)"),
             (lambda: token_shuffle(torch.zeros(1, 16, 2), (4, 4), 0), "window must be at least 1"),
@@ -355,7 +358,10 @@ class TestBadInput:
             (lambda: small_model(dim=18), r"divisible by window\*\*2"),
             (lambda: small_model(num_heads=3), "divisible by num_heads 3"),
             (lambda: small_model()(torch.zeros(1, 23, dtype=torch.long)), r"expected 4\*6 tokens"),
-            (lambda: small_model()(torch.full((1, 24), 11)), r"tokens must be in 0..10, got 11..11"),
+            (
+                lambda: small_model()(torch.full((1, 24), 11)),
+                r"tokens must be in 0..10, got 11..11",
+            ),
             (lambda: small_model()(torch.full((1, 24), -1)), "tokens must be in 0..10"),
             (
                 lambda: small_model()(torch.zeros(1, 24, dtype=torch.long), torch.tensor([4])),
