@@ -1,0 +1,972 @@
+"""Codebook features: the layer, its gradients and interventions, the machine, the instruments."""
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shuffle_nb.features import codebook_features as module
+from shuffle_nb.features.codebook_features import (
+    CodebookLayer,
+    CodebookTransformer,
+    TokFSM,
+    code_f1,
+    code_purity,
+    evaluating,
+    first_transition_accuracy,
+    init_codebooks,
+    js_divergence,
+    neuron_f1,
+    next_state_probabilities,
+    snap,
+    straight_through,
+    swap_codes,
+)
+
+seeds = st.integers(0, 10_000)
+similarities = st.sampled_from(["inner", "euclidean"])
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def tiny_model(**options):
+    return CodebookTransformer(6, 7, **({"num_codes": 32} | options))
+
+
+def layer_and_input(seed=0, dtype=torch.float64, tokens=20, **options):
+    torch.manual_seed(seed)
+    options = {"dim": 12, "num_codes": 9, "k": 2, "groups": 3} | options
+    layer = CodebookLayer(**options).to(dtype)
+    return layer, normal(tokens, options["dim"], seed=seed + 1, dtype=dtype)
+
+
+# --- snapping
+
+
+@given(seeds, similarities, st.integers(1, 4), st.integers(1, 3))
+@settings(deadline=None)
+def test_snap_takes_the_k_best_codes_by_definition(seed, similarity, k, groups):
+    codes = normal(groups, 7, 5, seed=seed, dtype=torch.float64)
+    z = normal(2, 3, groups * 5, seed=seed + 1, dtype=torch.float64)
+    q, ids = snap(z, codes, k, similarity)
+    chunks = z.view(2, 3, groups, 1, 5)
+    if similarity == "inner":
+        scores = (chunks * codes).sum(-1) / codes.norm(dim=-1)
+    else:
+        scores = -(chunks - codes).norm(dim=-1)
+    assert torch.equal(ids, scores.topk(k, dim=-1).indices)
+    chosen = codes[torch.arange(groups).view(-1, 1), ids]  # (2, 3, groups, k, 5)
+    assert torch.allclose(q, chosen.mean(-2).flatten(-2))
+
+
+@given(seeds, st.sampled_from([(), (4,), (2, 3), (2, 3, 4)]), st.integers(1, 3))
+@settings(deadline=None)
+def test_snap_allows_any_leading_dimensions(seed, batch, k):
+    q, ids = snap(normal(*batch, 6, seed=seed), normal(8, 6, seed=seed), k)
+    assert q.shape == (*batch, 6) and ids.shape == (*batch, k)
+
+
+@given(seeds, similarities)
+@settings(deadline=None)
+def test_snapping_twice_is_snapping_once_for_codes_of_equal_norm(seed, similarity):
+    codes = F.normalize(normal(12, 5, seed=seed, dtype=torch.float64), dim=-1)
+    q, ids = snap(normal(30, 5, seed=seed + 1, dtype=torch.float64), codes, 1, similarity)
+    again, same_ids = snap(q, codes, 1, similarity)
+    assert torch.equal(q, again) and torch.equal(ids, same_ids)
+
+
+@given(seeds, st.floats(0.01, 100), st.integers(0, 11))
+@settings(deadline=None)
+def test_length_of_a_code_changes_the_output_but_not_the_choice(seed, factor, which):
+    codes = normal(12, 5, seed=seed, dtype=torch.float64)
+    scaled = codes.clone()
+    scaled[which] *= factor
+    z = normal(40, 5, seed=seed + 1, dtype=torch.float64)
+    (q, ids), (new_q, new_ids) = snap(z, codes), snap(z, scaled)
+    assert torch.equal(ids, new_ids)
+    hit = ids.squeeze(-1) == which
+    assert torch.allclose(new_q[hit], factor * q[hit])
+    assert torch.equal(new_q[~hit], q[~hit])
+
+
+def test_length_of_a_code_matters_to_the_euclidean_choice():
+    z, codes = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.1], [0.0, 1.0]])
+    assert snap(z, codes, 1, "euclidean")[1].item() == 0
+    assert snap(z, codes * torch.tensor([[100.0], [1.0]]), 1, "euclidean")[1].item() == 1
+    assert snap(z, codes * torch.tensor([[100.0], [1.0]]), 1, "inner")[1].item() == 0
+
+
+def test_a_code_of_length_zero_is_never_chosen_by_the_inner_product():
+    codes = -torch.eye(3)
+    codes[1] = 0
+    z = torch.ones(4, 3)  # every other code scores below zero
+    assert (snap(z, codes, 2)[1] != 1).all()
+    assert snap(z, codes, 1)[0].isfinite().all()
+    assert (snap(z, codes, 1, "euclidean")[1] == 1).all()
+
+
+@given(seeds, st.integers(1, 3))
+@settings(deadline=None, max_examples=25)
+def test_chunks_of_tokens_change_nothing(seed, k):
+    z, codes = normal(37, 6, seed=seed), normal(2, 8, 3, seed=seed)
+    whole, before = snap(z, codes, k), module.MAX_SCORES
+    module.MAX_SCORES = 50
+    try:
+        parts = snap(z, codes, k)
+    finally:
+        module.MAX_SCORES = before
+    assert torch.equal(whole[1], parts[1]) and torch.equal(whole[0], parts[0])
+
+
+@given(seeds, similarities, st.integers(1, 3))
+@settings(deadline=None, max_examples=25)
+def test_one_token_at_a_time_is_all_at_once(seed, similarity, k):
+    z = normal(9, 6, seed=seed, dtype=torch.float64)  # one token: scores are divided, not codes
+    codes = normal(2, 8, 3, seed=seed + 1, dtype=torch.float64)
+    q, ids = snap(z, codes, k, similarity)
+    for token in range(9):
+        alone, its_ids = snap(z[token], codes, k, similarity)
+        assert torch.equal(alone, q[token]) and torch.equal(its_ids, ids[token])
+
+
+def test_snap_differentiates_in_the_codes_alone():
+    z, codes = normal(10, 4, dtype=torch.float64), normal(6, 4, seed=1, dtype=torch.float64)
+    for k in (1, 3):
+        assert torch.autograd.gradcheck(lambda c, k=k: snap(z, c, k)[0], codes.requires_grad_())
+        assert not snap(z.requires_grad_(), codes.detach(), k)[0].requires_grad
+
+
+# --- straight through
+
+
+def test_straight_through_is_q_with_the_gradient_of_z():
+    z, q = (normal(5, 3, seed=s).requires_grad_() for s in (0, 1))
+    out = straight_through(z, q)
+    upstream = normal(5, 3, seed=2)
+    out.backward(upstream)
+    assert torch.equal(out, q)
+    assert torch.equal(z.grad, upstream) and torch.equal(q.grad, upstream)
+
+
+def gradients(layer, x, upstream, with_recon=True):
+    """Gradients at z (identity layer norm) and at the codes."""
+    z = layer.normalise(x).detach().requires_grad_()
+    layer.normalise = lambda _: z
+    out = layer(x)
+    layer.zero_grad()
+    total = (out * upstream).sum()
+    (total + layer.recon_loss if with_recon else total).backward()
+    del layer.normalise
+    return z, z.grad, layer.codes.grad
+
+
+@given(seeds, st.sampled_from(["base", "aeloss", "vqvae", "fullaeloss"]), st.integers(1, 3))
+@settings(deadline=None, max_examples=30)
+def test_gradients_of_every_loss_are_the_formulas(seed, loss, k):
+    layer, x = layer_and_input(seed, loss=loss, k=k, beta=0.4)
+    upstream = normal(20, 12, seed=seed + 2, dtype=torch.float64)
+    z, grad_z, grad_codes = gradients(layer, x, upstream)
+    upstream = upstream.view(20, 3, 4)
+    q = layer.combine(layer.last_ids).detach()
+    pull = 2 * 0.4 * (z - q) if loss in ("vqvae", "fullaeloss") else 0
+    assert torch.allclose(grad_z, upstream + pull)
+    to_rows = (0 if loss == "vqvae" else upstream) + (0 if loss == "base" else 2 * (q - z) / 20)
+    expected = torch.zeros_like(layer.codes)
+    for token, group, slot in itertools.product(range(20), range(3), range(k)):
+        expected[group, layer.last_ids[token, group, slot]] += to_rows[token, group] / k
+    assert torch.allclose(grad_codes, expected)
+
+
+def test_codes_that_are_not_chosen_get_exactly_no_gradient():
+    layer, x = layer_and_input(tokens=3)
+    (layer(x).sum() + layer.recon_loss).backward()
+    chosen = torch.zeros(3, 9, dtype=torch.bool)
+    chosen.scatter_(1, layer.last_ids.transpose(0, 1).flatten(1), True)
+    assert not layer.codes.grad[~chosen].any() and layer.codes.grad[chosen].any(1).all()
+
+
+@pytest.mark.parametrize("similarity", ["inner", "euclidean"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_reconstruction_gradient_equals_finite_differences(k, similarity):
+    layer, x = layer_and_input(k=k, similarity=similarity)
+
+    def recon(codes):
+        return torch.func.functional_call(_Recon(layer), {"layer.codes": codes}, (x,))
+
+    assert torch.autograd.gradcheck(recon, layer.codes.detach().clone().requires_grad_())
+
+
+class _Recon(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        self.layer(x)
+        return self.layer.recon_loss
+
+
+def test_reconstruction_loss_is_a_mean_over_tokens_and_a_sum_over_groups():
+    layer, x = layer_and_input()
+    q = layer(x).detach()
+    z = layer.normalise(x).flatten(-2)
+    assert torch.allclose(layer.recon_loss, (q - z).square().sum(-1).mean())
+    layer(x.view(4, 5, 12))
+    assert torch.allclose(layer.recon_loss, (q - z).square().sum(-1).mean())
+
+
+def test_gradient_reaches_the_input_through_the_layer_norm():
+    layer, x = layer_and_input(groups=1, k=1)
+    x.requires_grad_()
+    upstream = normal(20, 12, seed=9, dtype=torch.float64)
+    layer(x).backward(upstream)
+    expected = x.grad.clone()
+    x.grad = None
+    F.layer_norm(x, (12,)).backward(upstream)
+    assert torch.allclose(expected, x.grad)
+
+
+# --- the layer
+
+
+@given(seeds, st.integers(1, 3))
+@settings(deadline=None)
+def test_output_rows_are_rows_of_codes_bit_for_bit(seed, groups):
+    layer, x = layer_and_input(seed, torch.float32, k=1, groups=groups)
+    for mode in (True, False):
+        out = layer.train(mode)(x).view(20, groups, -1)
+        for group in range(groups):
+            assert torch.equal(out[:, group], layer.codes[group, layer.last_ids[:, group, 0]])
+
+
+@given(seeds, st.floats(0.5, 100), st.floats(-50, 50))
+@settings(deadline=None)
+def test_scale_and_offset_of_the_input_change_nothing(seed, scale, offset):
+    layer, x = layer_and_input(seed, groups=1, dim=12)
+    layer(x)
+    scores = layer.normalise(x) @ F.normalize(layer.codes[0], dim=-1).T
+    best = scores.squeeze(1).topk(layer.k + 1).values
+    clear = (best[:, :-1] - best[:, 1:]).min(1).values > 1e-3  # the layer norm's eps is not 0
+    ids = layer.last_ids
+    layer(scale * x + offset)
+    assert torch.equal(ids[clear], layer.last_ids[clear])
+
+
+@given(seeds, similarities, st.integers(1, 3))
+@settings(deadline=None, max_examples=30)
+def test_a_grouped_layer_is_separate_layers_side_by_side(seed, similarity, k):
+    grouped, x = layer_and_input(seed, similarity=similarity, k=k)
+    with torch.no_grad():
+        grouped.norm_weight.copy_(normal(3, 4, seed=seed + 3))
+        grouped.norm_bias.copy_(normal(3, 4, seed=seed + 4))
+    outs, ids, recon = [], [], 0
+    for group, chunk in enumerate(x.chunk(3, dim=-1)):
+        alone = CodebookLayer(4, 9, k, similarity=similarity).double()
+        state = {n: v[group : group + 1] for n, v in grouped.state_dict().items()}
+        alone.load_state_dict(state)
+        outs.append(alone(chunk))
+        ids.append(alone.last_ids)
+        recon = recon + alone.recon_loss
+    assert torch.allclose(grouped(x), torch.cat(outs, -1))
+    assert torch.equal(grouped.last_ids, torch.cat(ids, -2))
+    assert torch.allclose(grouped.recon_loss, recon)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (2, 3, 4), (0,)])
+def test_shapes_of_output_and_ids(batch):
+    layer = CodebookLayer(12, 9, k=2, groups=3)
+    assert layer(normal(*batch, 12)).shape == (*batch, 12)
+    assert layer.last_ids.shape == (*batch, 3, 2)
+    assert layer.recon_loss.shape == () and layer.recon_loss.isfinite()
+
+
+def test_a_disabled_layer_is_the_identity():
+    layer, x = layer_and_input()
+    layer(x)
+    layer.enabled = False
+    assert layer(x) is x and layer.last_ids is None and layer.recon_loss == 0
+
+
+def test_without_reconstruction_loss_there_is_none():
+    layer, x = layer_and_input(loss="base")
+    layer(x)
+    assert layer.recon_loss == 0
+
+
+def test_counts_grow_in_training_only():
+    layer, x = layer_and_input()
+    layer.eval()(x)
+    assert not layer.counts.any()
+    layer.train()(x)
+    layer(x)
+    expected = torch.stack([layer.last_ids[:, g].flatten().bincount(minlength=9) for g in range(3)])
+    assert torch.equal(layer.counts, 2 * expected)
+
+
+def test_state_of_a_token_in_bits():
+    assert CodebookLayer(128, 1000).bits == 10  # against 32 · 128 = 4096
+    assert CodebookLayer(128, 1000, k=8, groups=4).bits == 4 * 8 * 10
+    assert CodebookLayer(8, 128).bits == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 10, "groups": 3}, "dim must be divisible by groups"),
+        ({"groups": 0}, "dim must be divisible by groups"),
+        ({"k": 0}, "k must be in 1..num_codes"),
+        ({"k": 10}, "k must be in 1..num_codes"),
+        ({"num_codes": 0}, "k must be in 1..num_codes"),
+        ({"similarity": "cosine"}, "similarity must be one of"),
+        ({"loss": "mse"}, "loss must be one of"),
+    ],
+)
+def test_layer_says_what_is_wrong(plain_python, options, message):
+    with pytest.raises(ValueError, match=message):
+        CodebookLayer(**({"dim": 12, "num_codes": 9} | options))
+
+
+def test_layer_and_snap_name_the_expected_width(plain_python):
+    with pytest.raises(ValueError, match="expected last dimension 12"):
+        CodebookLayer(12, 9)(torch.zeros(2, 11))
+    with pytest.raises(ValueError, match="expected last dimension 12"):
+        CodebookLayer(12, 9)(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="expected last dimension 6"):
+        snap(torch.zeros(2, 5), torch.zeros(4, 6))
+    with pytest.raises(ValueError, match=r"k must be in 1..4"):
+        snap(torch.zeros(2, 6), torch.ones(4, 6), k=5)
+    with pytest.raises(ValueError, match="codes must be"):
+        snap(torch.zeros(2, 6), torch.ones(6))
+    with pytest.raises(ValueError, match="similarity must be one of"):
+        snap(torch.zeros(2, 6), torch.ones(4, 6), 1, "dot")
+
+
+def test_state_dict_round_trip():
+    layer, x = layer_and_input()
+    layer(x)
+    other = CodebookLayer(12, 9, 2, 3).double()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.counts, layer.counts)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_a_used_layer_can_be_copied_and_pickled():
+    layer, x = layer_and_input()
+    out = layer(x)
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert clone.last_ids is None and torch.equal(clone(x), out)
+    layer.disable_codes([0, 1])
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_kept_unit_codes_follow_the_codes():
+    layer, x = layer_and_input()
+    layer.eval().requires_grad_(False)
+    first = layer(x)
+    assert layer._kept_scoring is not None and torch.equal(layer(x), first)
+    fresh = normal(3, 9, 4, seed=7, dtype=torch.float64)
+    reference = snap(layer.normalise(x).flatten(-2), fresh, 2)
+    layer.codes.copy_(fresh)
+    assert torch.equal(layer(x), reference[0])
+    layer.load_state_dict(layer.state_dict() | {"codes": 2 * fresh})
+    assert torch.equal(layer(x), 2 * reference[0])
+    layer.codes = torch.nn.Parameter(fresh.clone(), requires_grad=False)
+    assert torch.equal(layer(x), reference[0])
+    assert torch.equal(
+        layer.float()(x.float()), snap(layer.normalise(x.float()).flatten(-2), fresh.float(), 2)[0]
+    )
+
+
+def test_codes_that_can_train_are_never_kept():
+    layer, x = layer_and_input()
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+        layer.codes.data.neg_()
+        out = layer(x)
+    assert torch.equal(out, snap(layer.normalise(x).flatten(-2), layer.codes, 2)[0])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_works_under_autocast(k):
+    layer = CodebookLayer(12, 9, k=k, groups=3)
+    linear = torch.nn.Linear(12, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(linear(normal(20, 12)))
+        loss = out.float().sum() + layer.recon_loss
+    loss.backward()
+    assert out.isfinite().all() and linear.weight.grad.isfinite().all()
+    assert layer.codes.grad.any()
+
+
+def test_works_in_bfloat16_and_float64():
+    for dtype in (torch.bfloat16, torch.float64):
+        layer = CodebookLayer(12, 9, k=2, groups=3).to(dtype)
+        out = layer(normal(20, 12).to(dtype))
+        out.sum().backward()
+        assert out.dtype == dtype and layer.codes.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 2, "groups": 3}, {"similarity": "euclidean"}])
+def test_compiles_without_graph_breaks(plain_python, options):
+    torch.compiler.reset()
+    layer, x = layer_and_input(dtype=torch.float32, **({"k": 1, "groups": 1} | options))
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    for mode in (True, False):
+        layer.train(mode), compiled.train(mode)
+        assert torch.equal(layer(x), compiled(x))
+        assert torch.equal(layer.last_ids, compiled.last_ids)
+    layer.train()(x).sum().backward()
+    compiled.train()(x).sum().backward()
+    assert torch.allclose(layer.codes.grad, compiled.codes.grad)
+    with torch.no_grad():
+        assert torch.equal(layer.eval()(x), compiled.eval()(x))
+    assert torch.equal(layer.counts, compiled.counts)
+
+
+def test_the_transformer_compiles_without_graph_breaks(plain_python):
+    torch.compiler.reset()
+    model, tokens, graphs = tiny_model(), torch.randint(0, 6, (3, 7)), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
+    for _ in range(3):
+        assert torch.allclose(model(tokens), compiled(tokens), atol=1e-6)
+        assert torch.allclose(model.recon_loss(), compiled.recon_loss())
+    assert len(graphs) == 1  # compiled once, not at every step
+
+
+# --- dead codes
+
+
+@given(seeds, st.integers(9, 40))
+@settings(deadline=None, max_examples=25)
+def test_init_from_samples_inputs_without_replacement(seed, tokens):
+    layer, x = layer_and_input(seed, tokens=tokens)
+    layer(x)
+    layer.init_from(x, torch.Generator().manual_seed(seed))
+    z = layer.normalise(x)
+    for group in range(3):
+        same = (layer.codes[group].unsqueeze(1) == z[:, group]).all(-1)  # (codes, tokens)
+        assert (same.sum(1) == 1).all() and (same.sum(0) <= 1).all()
+    assert not layer.counts.any()
+
+
+def test_init_from_few_inputs_uses_each_before_repeating():
+    layer, x = layer_and_input(tokens=4)
+    layer.init_from(x)
+    assert all(len(codes.unique(dim=0)) == 4 for codes in layer.codes)
+
+
+def test_a_code_for_each_input_reconstructs_exactly():
+    layer, x = layer_and_input(k=1, tokens=9)
+    layer.init_from(x)
+    assert torch.allclose(layer(x), layer.normalise(x).flatten(-2))
+    assert layer.recon_loss < 1e-20
+
+
+def test_replace_dead_touches_only_codes_that_were_not_used():
+    layer, x = layer_and_input(k=1, tokens=4)
+    layer(x)
+    used, before = layer.counts > 0, layer.codes.detach().clone()
+    replaced = layer.replace_dead(x, generator=torch.Generator().manual_seed(0))
+    assert replaced == (~used).sum() > 0
+    assert torch.equal(layer.codes[used], before[used])
+    z = layer.normalise(x)
+    for group in range(3):
+        for code in layer.codes[group][~used[group]]:
+            assert (code == z[:, group]).all(-1).any()
+    assert not layer.counts.any()
+
+
+def test_noise_of_replaced_codes_scales_with_their_length():
+    layer, x = layer_and_input(dim=400, groups=1, num_codes=50, k=1, tokens=50)
+    exact, noisy = copy.deepcopy(layer), copy.deepcopy(layer)
+    exact.replace_dead(x, generator=torch.Generator().manual_seed(0))
+    noisy.replace_dead(x, 0.1, torch.Generator().manual_seed(0))
+    length = exact.codes[0].norm(dim=-1)
+    deviation = (noisy.codes - exact.codes)[0].std(-1) / length
+    assert torch.allclose(deviation, torch.full_like(deviation, 0.1), rtol=0.25)
+
+
+def test_seeding_is_repeatable_and_needs_inputs():
+    layer, x = layer_and_input()
+    twin = copy.deepcopy(layer)
+    layer.init_from(x, torch.Generator().manual_seed(3))
+    twin.init_from(x, torch.Generator().manual_seed(3))
+    assert torch.equal(layer.codes, twin.codes)
+    with pytest.raises(ValueError, match="at least one vector"):
+        layer.init_from(x[:0])
+
+
+# --- interventions
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_identity_intervention_changes_nothing(k, training):
+    layer, x = layer_and_input(k=k, dtype=torch.float32)
+    layer.train(training)
+    plain = layer(x)
+    with layer.intervene(lambda ids: ids):
+        assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_override_is_exact_in_both_modes(training):
+    layer, x = layer_and_input(k=1)
+    layer.train(training)
+    with layer.intervene(torch.zeros_like):
+        out = layer(x)
+        assert not layer.last_ids.any()
+    assert torch.equal(out, layer.codes[:, 0].flatten().expand(20, 12))
+    assert layer(x).unique(dim=0).shape[0] > 1  # it ends with the block
+
+
+def test_no_code_adds_nothing_but_still_divides_by_k():
+    layer, x = layer_and_input(k=2)
+
+    def keep_first(ids):
+        ids[..., 1] = -1
+        return ids
+
+    with layer.intervene(keep_first):
+        out = layer(x)
+        assert (layer.last_ids[..., 1] == -1).all()
+    first = layer.codes[torch.arange(3), layer.last_ids[..., 0]]
+    assert torch.allclose(out, first.flatten(-2) / 2)
+    layer.reset()
+    with layer.intervene(lambda ids: torch.full_like(ids, -1)):
+        assert not layer(x).any()
+    assert not layer.counts.any()  # nothing was used
+
+
+def test_interventions_nest_in_order():
+    layer, x = layer_and_input(k=1)
+    with layer.intervene(torch.zeros_like), layer.intervene(lambda ids: ids + 2):
+        layer(x)
+        assert (layer.last_ids == 2).all()
+    with pytest.raises(RuntimeError, match="inside"), layer.intervene(torch.zeros_like):
+        raise RuntimeError("inside")
+    layer(x)
+    assert layer.last_ids.any()  # an error ends the block too
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ids: ids[..., :1],
+        lambda ids: ids + 100,
+        lambda ids: ids - 100,
+        lambda ids: ids.float(),
+        lambda ids: None,
+    ],
+)
+def test_bad_interventions_are_refused(plain_python, change):
+    layer, x = layer_and_input()
+    with layer.intervene(change), pytest.raises(ValueError, match="an intervention must return"):
+        layer(x)
+
+
+@given(seeds, similarities)
+@settings(deadline=None, max_examples=25)
+def test_disabling_the_best_code_selects_the_second(seed, similarity):
+    layer, x = layer_and_input(seed, k=1, groups=1, similarity=similarity, tokens=1)
+    pair, _ = snap(layer.normalise(x).flatten(-2), layer.codes, 2, similarity), layer(x)
+    first, second = pair[1].flatten().tolist()
+    assert layer.last_ids.item() == first
+    layer.disable_codes([first])
+    layer(x)
+    assert layer.last_ids.item() == second
+    layer.reset()
+    layer(x)
+    assert layer.last_ids.item() == first
+
+
+@given(seeds, st.sets(st.integers(0, 8), max_size=7))
+@settings(deadline=None, max_examples=25)
+def test_disabled_codes_are_never_returned(seed, forbidden):
+    layer, x = layer_and_input(seed)
+    layer.disable_codes(sorted(forbidden), group=1)
+    layer(x)
+    assert not forbidden & set(layer.last_ids[:, 1].flatten().tolist())
+    free = CodebookLayer(12, 9, 2, 3).double()
+    free.load_state_dict(layer.state_dict())
+    free(x)
+    assert torch.equal(free.last_ids[:, [0, 2]], layer.last_ids[:, [0, 2]])
+
+
+def test_disabling_adds_up_and_leaves_k_codes(plain_python):
+    layer, x = layer_and_input()
+    layer.disable_codes(0)
+    layer.disable_codes([1, 2, 3, 4])
+    with pytest.raises(ValueError, match="at least k=2 codes must stay enabled, got 1"):
+        layer.disable_codes([5, 6, 7])
+    layer.disable_codes([5, 6])  # the refused call left nothing behind
+    layer(x)
+    assert set(layer.last_ids.flatten().tolist()) == {7, 8}
+    with pytest.raises(ValueError, match=r"ids must be in 0..8"):
+        layer.disable_codes([9])
+    with pytest.raises(ValueError, match=r"group must be None or in 0..2"):
+        layer.disable_codes([1], group=3)
+
+
+def test_reset_forgets_everything():
+    layer, x = layer_and_input()
+    plain = layer(x)
+    layer.disable_codes([0])
+    with layer.intervene(torch.zeros_like):
+        layer(x)
+        layer.reset()
+        assert torch.equal(layer(x), plain)
+    layer.reset()
+    assert not layer.counts.any() and not layer.disabled.any()
+
+
+# --- the transformer
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_the_transformer_is_causal(positions):
+    model = tiny_model(positions=positions).eval()
+    tokens = torch.randint(0, 6, (2, 7))
+    changed = tokens.clone()
+    changed[:, 4:] = (tokens[:, 4:] + 1) % 6
+    with torch.no_grad():
+        assert torch.allclose(model(tokens)[:, :4], model(changed)[:, :4], atol=1e-6)
+        assert not torch.allclose(model(tokens)[:, 4:], model(changed)[:, 4:])
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    query, key = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
+    turned = [module.rotate_by_position(v.expand(1, 1, 9, 8)) for v in (query, key)]
+    scores = (turned[0] @ turned[1].mT)[0, 0]
+    for distance in range(-5, 6):
+        diagonal = scores.diagonal(distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-5)
+
+
+def test_codebooks_have_names_groups_and_places():
+    books = tiny_model(layers=3, heads=4, k=2).codebooks()
+    assert list(books) == ["attn0", "mlp0", "attn1", "mlp1", "attn2", "mlp2"]
+    assert [books[name].groups for name in ("attn0", "mlp0")] == [4, 1]
+    assert all(layer.k == 2 and layer.num_codes == 32 for layer in books.values())
+    assert list(tiny_model(codebook_at=("mlp",)).codebooks()) == ["mlp0", "mlp1"]
+    plain = tiny_model(codebook_at=())
+    assert plain.codebooks() == {} and plain.recon_loss() == 0
+
+
+def test_the_codebook_sits_before_the_output_projection():
+    model, seen = tiny_model(), {}
+    block = model.blocks[0]
+    block.project.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    model(torch.randint(0, 6, (2, 7)))
+    codes, ids = block.attn_codebook.codes, block.attn_codebook.last_ids
+    heads = [codes[h, ids[..., h, 0]] for h in range(2)]
+    assert torch.equal(seen["x"], torch.cat(heads, -1))
+
+
+def test_recon_loss_sums_the_layers():
+    model = tiny_model()
+    model(torch.randint(0, 6, (2, 7)))
+    total = sum(layer.recon_loss for layer in model.codebooks().values())
+    assert torch.allclose(model.recon_loss(), total)
+
+
+def test_the_first_mlp_sees_the_token_alone():
+    model = tiny_model(positions="rotary").eval()
+    model(torch.tensor([[5, 0, 1, 2], [5, 3, 4, 2]]))
+    ids = model.codebooks()["mlp0"].last_ids
+    assert torch.equal(ids[0, -1], ids[1, -1])
+
+
+def test_one_step_of_training_moves_every_part():
+    model, tokens = tiny_model(), torch.randint(0, 6, (16, 7))
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    (loss + model.recon_loss()).backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "dim must be divisible by heads"),
+        ({"codebook_at": ("mlp", "residual")}, "codebook_at may hold"),
+        ({"positions": "sine"}, "positions must be"),
+        ({"positions": "rotary", "dim": 6}, "heads of even width"),
+    ],
+)
+def test_transformer_says_what_is_wrong(plain_python, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**options)
+
+
+def test_transformer_refuses_long_sequences(plain_python):
+    with pytest.raises(ValueError, match="at most max_len=7 long, got 8"):
+        tiny_model()(torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_init_codebooks_samples_what_the_plain_network_has():
+    model, tokens, seen = tiny_model(num_codes=14), torch.randint(0, 6, (2, 7)), {}
+    model.codebooks()["mlp1"].enabled = False
+    for layer in model.codebooks().values():
+        layer.enabled = False
+    block = model.blocks[1]
+    block.mlp.register_forward_hook(lambda *call: seen.update(x=call[2]))
+    model(tokens)
+    init_codebooks(model, tokens, torch.Generator().manual_seed(0))
+    z = block.mlp_codebook.normalise(seen["x"]).view(14, 8 * 2)
+    codes = block.mlp_codebook.codes[0]
+    assert ((codes.unsqueeze(1) - z).abs().amax(-1).min(1).values < 1e-6).all()
+    assert model.training and not block.mlp_codebook.enabled  # as it was
+    assert not any(layer._forward_pre_hooks for layer in model.codebooks().values())
+
+
+def test_evaluating_restores_the_mode_after_an_error():
+    model = tiny_model()
+    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        assert not model.training and not torch.is_grad_enabled()
+        raise RuntimeError("inside")
+    assert model.training and torch.is_grad_enabled()
+
+
+# --- swapping codes
+
+
+def test_overriding_everything_leaves_the_last_token_alone():
+    model = tiny_model().eval()
+    source, target = torch.tensor([[5, 0, 1, 2]]), torch.tensor([[5, 4, 3, 2]])
+    names = list(model.codebooks())
+    with torch.no_grad():
+        wanted = model(target)[:, -1]
+    assert torch.allclose(swap_codes(model, source, target, names), wanted, atol=1e-5)
+    other_past = torch.tensor([[5, 3, 3, 2]])
+    swapped = swap_codes(model, other_past, target, names)
+    assert torch.allclose(swapped, wanted, atol=1e-5)
+    other_last = torch.tensor([[5, 0, 1, 1]])
+    assert not torch.allclose(swap_codes(model, other_last, target, names), wanted, atol=1e-5)
+
+
+def test_swapping_nothing_or_oneself_changes_nothing():
+    model = tiny_model()
+    source, target = torch.randint(0, 6, (2, 4, 5))
+    with evaluating(model):
+        own = model(source)[:, -1]
+    assert torch.equal(swap_codes(model, source, target, []), own)
+    assert torch.equal(swap_codes(model, source, source, list(model.codebooks())), own)
+    assert model.training
+
+
+def test_swapping_acts_on_one_position_of_the_named_codebooks():
+    model = tiny_model().eval()
+    source, target = torch.randint(0, 6, (2, 3, 5))
+    books = model.codebooks()
+    model(source)
+    before = books["mlp1"].last_ids
+    model(target)
+    codes = books["mlp1"].last_ids
+    logits = swap_codes(model, source, target, "mlp1", position=2)
+    after = books["mlp1"].last_ids
+    assert torch.equal(after[:, 2], codes[:, 2])
+    assert torch.equal(after[:, [0, 1, 3, 4]], before[:, [0, 1, 3, 4]])
+    assert logits.shape == (3, 6)
+    assert not any(layer._interventions for layer in books.values())
+
+
+def test_swap_says_what_is_wrong(plain_python):
+    model, tokens = tiny_model(), torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"names must be among .*got \['mlp9'\]"):
+        swap_codes(model, tokens, tokens, ["mlp9"])
+    with pytest.raises(ValueError, match="must be equally many, got 2 and 1"):
+        swap_codes(model, tokens, tokens[:1], ["mlp1"])
+    model.codebooks()["mlp1"].enabled = False
+    with pytest.raises(ValueError, match="codebooks that are enabled"):
+        swap_codes(model, tokens, tokens, ["mlp1"])
+
+
+# --- the machine
+
+
+@given(st.integers(1, 30), st.data())
+@settings(deadline=None, max_examples=40)
+def test_transitions_are_uniform_over_distinct_successors(num_states, data):
+    edges = data.draw(st.integers(1, num_states))
+    base = data.draw(st.integers(2, 12))
+    fsm = TokFSM(num_states, edges, base, seed=data.draw(seeds))
+    assert torch.allclose(fsm.transition.sum(1), torch.ones(num_states))
+    assert ((fsm.transition > 0).sum(1) == edges).all()
+    assert base**fsm.digits >= num_states and (
+        fsm.digits == 1 or base ** (fsm.digits - 1) < num_states
+    )
+    tokens, states = fsm.sample(4, 3)
+    assert tokens.shape == (4, 1 + 3 * fsm.digits) and states.shape == (4, 3)
+    assert (tokens[:, 0] == fsm.bos).all() and (tokens[:, 1:] < base).all()
+    assert (fsm.transition[states[:, :-1], states[:, 1:]] > 0).all()
+    value = 0
+    for digit in tokens[:, 1:].view(4, 3, fsm.digits).unbind(-1):
+        value = value * base + digit
+    assert torch.equal(value, states)
+
+
+def test_the_paper_s_machine():
+    fsm = TokFSM()
+    assert (fsm.num_states, fsm.edges, fsm.base, fsm.digits, fsm.vocab) == (100, 10, 10, 2, 11)
+    assert torch.equal(TokFSM().transition, fsm.transition)
+    assert not torch.equal(TokFSM(seed=43).transition, fsm.transition)
+    trigrams = {(s, t // 10) for s in range(100) for t in fsm.successors[s].tolist()}
+    assert 100 * 4 < len(trigrams) < 1000  # counted: several successors share a first digit
+    assert math.comb(10, 1) * 100 >= len(trigrams)
+
+
+def test_sampling_follows_the_generator_and_the_transitions():
+    fsm = TokFSM(25, 3, 5)
+    draws = [fsm.sample(4000, 2, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(draws[0][0], draws[1][0])
+    states = draws[0][1]
+    joint = torch.zeros(25, 25).index_put((states[:, 0], states[:, 1]), torch.tensor(1.0), True)
+    observed = joint / joint.sum(1, keepdim=True)
+    assert (observed - fsm.transition).abs().max() < 0.15
+
+
+def test_machine_says_what_is_wrong(plain_python):
+    for edges in (0, 11):
+        with pytest.raises(ValueError, match=r"edges must be in 1..num_states=10"):
+            TokFSM(10, edges)
+    with pytest.raises(ValueError, match="base must be at least 2"):
+        TokFSM(10, 2, base=1)
+    with pytest.raises(ValueError, match="batch and steps must be at least 1"):
+        TokFSM(10, 2).sample(0, 1)
+
+
+class Oracle(torch.nn.Module):
+    """Knows the machine: exact next-digit probabilities from the last whole state."""
+
+    def __init__(self, fsm, wrong=False):
+        super().__init__()
+        self.fsm, self.nothing = fsm, torch.nn.Parameter(torch.zeros(()))
+        self.next = fsm.transition.roll(1, 1) if wrong else fsm.transition
+
+    def forward(self, tokens):
+        digits = self.fsm.digits
+        whole, rest = divmod(tokens.shape[1] - 1, digits)
+        last = tokens[:, 1 + (whole - 1) * digits : 1 + whole * digits]
+        state = (last * self.fsm.base ** torch.arange(digits - 1, -1, -1)).sum(1)
+        begun = tokens[:, tokens.shape[1] - rest :] if rest else tokens[:, :0]
+        chance = self.next[state]  # (batch, states)
+        fits = (self.fsm.spelling[:, :rest] == begun.unsqueeze(1)).all(-1)
+        digit = F.one_hot(self.fsm.spelling[:, rest], self.fsm.vocab).float()
+        return (((chance * fits) @ digit) + 1e-12).log().unsqueeze(1)
+
+
+@pytest.mark.parametrize("options", [(25, 3, 5), (10, 4, 10), (30, 5, 3)])
+def test_next_state_probabilities_of_an_oracle_are_the_transitions(options):
+    fsm = TokFSM(*options)
+    oracle = Oracle(fsm)
+    chances = next_state_probabilities(lambda t: oracle(t)[:, -1], fsm, fsm.contexts())
+    assert torch.allclose(chances, fsm.transition, atol=1e-5)
+    assert first_transition_accuracy(oracle, fsm) == 1.0
+    wrong = first_transition_accuracy(Oracle(fsm, wrong=True), fsm)
+    rolled = fsm.transition.roll(1, 1)
+    assert wrong == pytest.approx(
+        ((rolled > 0) & (fsm.transition > 0)).sum().item() / fsm.num_states / fsm.edges
+    )
+
+
+def test_accuracy_leaves_the_model_in_its_mode():
+    fsm = TokFSM(25, 3, 5)
+    model = CodebookTransformer(fsm.vocab, 7)
+    assert 0 <= first_transition_accuracy(model, fsm) <= 1
+    assert model.training
+    assert not any(layer.counts.any() for layer in model.codebooks().values())
+
+
+# --- reading
+
+
+def test_purity_by_hand():
+    assert code_purity(torch.tensor([7, 7, 7, 9]), torch.tensor([0, 1, 1, 2])) == 0.5
+    assert code_purity(torch.tensor([1, 2, 2]), torch.tensor([0, 1, 1])) == 1.0
+    two_slots = torch.tensor([[1, 2], [1, 3]])
+    assert code_purity(two_slots, torch.tensor([0, 1])) == pytest.approx(2 / 3)
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=30)
+def test_renaming_codes_changes_no_score(seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 6, (40,), generator=generator)
+    labels = torch.randint(0, 4, (40,), generator=generator)
+    names = torch.randperm(50, generator=generator)[:6]
+    assert code_purity(ids, labels) == code_purity(names[ids], labels)
+    truth = F.one_hot(labels, 4).bool()
+    for label, found in enumerate(code_f1(ids, labels).tolist()):
+        options = [(ids == code) for code in range(6)]
+        fit = [f1_by_hand(fires[::2], truth[::2, label]) for fires in options]
+        held = [f1_by_hand(fires[1::2], truth[1::2, label]) for fires in options]
+        best = [h for f, h in zip(fit, held, strict=True) if f == max(fit)]
+        assert any(found == pytest.approx(h) for h in best)
+
+
+def f1_by_hand(fires, truth):
+    hits = (fires & truth).sum().item()
+    return 2 * hits / max(1, fires.sum().item() + truth.sum().item())
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=30)
+def test_neuron_f1_is_the_best_threshold_in_either_direction(seed):
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randint(0, 6, (24, 3), generator=generator).float()  # with ties
+    labels = torch.randint(0, 3, (24,), generator=generator)
+    truth = F.one_hot(labels, 3).bool()
+    detectors = [
+        side
+        for unit in range(3)
+        for threshold in h[::2, unit].unique()
+        for side in (h[:, unit] >= threshold, h[:, unit] <= threshold)
+    ]
+    for label, found in enumerate(neuron_f1(h, labels).tolist()):
+        fit = [f1_by_hand(fires[::2], truth[::2, label]) for fires in detectors]
+        best = [fires for f, fires in zip(fit, detectors, strict=True) if f == max(fit)]
+        held = [f1_by_hand(fires[1::2], truth[1::2, label]) for fires in best]
+        assert any(found == pytest.approx(value) for value in held)
+
+
+def test_a_code_a_label_is_a_perfect_detector():
+    labels = torch.arange(5).repeat_interleave(2).repeat(3)
+    assert code_f1(labels + 3, labels).tolist() == [1.0] * 5
+    assert neuron_f1(F.one_hot(labels).float(), labels).tolist() == [1.0] * 5
+    assert neuron_f1(-F.one_hot(labels).float(), labels).tolist() == [1.0] * 5
+
+
+# --- divergence
+
+
+@given(seeds, st.sampled_from([torch.float32, torch.float64]))
+@settings(deadline=None)
+def test_divergence_is_symmetric_and_bounded(seed, dtype):
+    p, q = (3 * normal(2, 10, 6, seed=seed, dtype=dtype)).softmax(-1)
+    js = js_divergence(p, q)
+    assert js.shape == (10,) and torch.equal(js, js_divergence(q, p))
+    assert ((js > 0) & (js <= math.log(2))).all()
+    assert (js_divergence(p, p) == 0).all()
+
+
+def test_divergence_by_hand():
+    p, q = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.5, 0.5])
+    assert js_divergence(p, q).item() == pytest.approx(math.log(2))
+    half = torch.tensor([0.5, 0.5, 0.0])  # middle (3/4, 1/4): KLs ln 4/3 and ½ln 2/3 + ½ln 2
+    by_hand = (math.log(4 / 3) + 0.5 * math.log(2 / 3) + 0.5 * math.log(2)) / 2
+    assert js_divergence(p, half).item() == pytest.approx(by_hand, abs=1e-6)
