@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-006
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-007
 @dataclass(frozen=True)
 class ImageData:
     """Images with their class, split into a training and a test set."""
@@ -30,7 +30,7 @@ class ImageData:
     num_classes: int
     name: str  # where it comes from
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-007
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-008
 def digits(
     seed: int = 0,  # of the split
     num_train: int = 1400,  # the rest of the 1,797 is the test set
@@ -50,7 +50,7 @@ def digits(
         "digits",
     )
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-008
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-009
 def _split_by_seed(
     images: Tensor, labels: Tensor, seed: int, num_train: int, name: str
 ) -> ImageData:
@@ -61,7 +61,7 @@ def _split_by_seed(
     num_classes = int(labels.max()) + 1
     return ImageData(images[train], labels[train], images[test], labels[test], num_classes, name)
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-012
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-013
 def _resized(image: np.ndarray, size: int) -> Tensor:
     """Crop the centre square of (height, width[, 3]) and resize it to (channels, size, size)."""
     from skimage.transform import resize
@@ -73,7 +73,7 @@ def _resized(image: np.ndarray, size: int) -> Tensor:
     small = resize(square, (size, size), anti_aliasing=True)  # also scales integers to [0, 1]
     return torch.from_numpy(small).float().reshape(size, size, -1).permute(2, 0, 1)
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-013
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-014
 def _bundled_pictures(names: Sequence[str], size: int) -> Tensor:
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
@@ -81,7 +81,7 @@ def _bundled_pictures(names: Sequence[str], size: int) -> Tensor:
 
     return torch.stack([_resized(getattr(data, name)(), size) for name in names])
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-014
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-015
 def photographs(
     size: int = 64,  # height and width in pixels
 ) -> Float[Tensor, "4 3 size size"]:
@@ -106,7 +106,7 @@ def faces() -> Float[Tensor, "100 1 25 25"]:
 
     return torch.from_numpy(lfw_subset()[:100]).float()[:, None]
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-019
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-020
 def _package_folder(package: str) -> Path:
     """Find the folder of an installed (sub)package without importing it or its parents."""
     places = None
@@ -128,7 +128,7 @@ def _docstrings(path: Path) -> list[str]:
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
     return [text for node in nodes if (text := ast.get_docstring(node))]
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-020
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-021
 def package_docstrings(
     packages: Sequence[str],  # names such as "networkx" or "scipy.stats"
     max_chars: int | None = None,  # stop before this many characters
@@ -149,7 +149,7 @@ def package_docstrings(
                 found[text] = package
     return [(name, text) for text, name in found.items()]
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-023
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-024
 @dataclass(frozen=True)
 class PublicSet:
     """Where a public data set is found, and the names of its columns and splits."""
@@ -171,7 +171,7 @@ PUBLIC_TEXTS = {
     "tinystories": PublicSet("roneneldan/TinyStories", "text", test_split="validation"),
 }
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-024
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-025
 def _public_set(source: str, known: dict[str, PublicSet], ours: str, local: PublicSet) -> PublicSet:
     """Find the entry of `source`; a path to a folder has the columns of `local`."""
     if source in known:
@@ -199,7 +199,7 @@ def _load_split(public: PublicSet, split: str):
             "It is downloaded once; a local folder in the same format works too."
         ) from error
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-025
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-026
 def load_images(
     source: str = "digits",  # "digits", a name in PUBLIC_IMAGES, or a folder in that format
     *,
@@ -219,7 +219,7 @@ def load_images(
     test = _as_tensors(_load_split(public, public.test_split), public, None, size)
     return ImageData(*train, *test, int(train[1].max()) + 1, source)
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-026
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-027
 def _as_tensors(split, public: PublicSet, limit: int | None, size: int | None):
     """Turn a split of pictures into images (n, 3, height, width) in [0, 1] and labels (n,)."""
     if limit is not None:
@@ -233,7 +233,7 @@ def _as_tensors(split, public: PublicSet, limit: int | None, size: int | None):
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
     return images, torch.tensor(split[public.label])
 
-# %% ../../nbs/foundations/01_datasets.ipynb #cell-027
+# %% ../../nbs/foundations/01_datasets.ipynb #cell-028
 def load_text(
     source: str = "documentation",  # or a name in PUBLIC_TEXTS, or a folder in that format
     *,

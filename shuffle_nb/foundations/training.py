@@ -248,9 +248,9 @@ def fit(
         if checkpoint is not None and Path(checkpoint).exists():
             run.load(checkpoint)
         history, clock, cpu_clock = run.history, time.perf_counter(), time.process_time()
-        # None: quiet unless a person watches. TQDM_DISABLE, where set, decides instead.
-        quiet = {} if "TQDM_DISABLE" in os.environ else {"disable": None}
-        bar = tqdm(total=steps, initial=history.steps, desc=label, unit="step", **quiet)
+        # None: quiet unless a person watches. tqdm's notebook bar does not read its own variable.
+        quiet = True if os.environ.get("TQDM_DISABLE") else None
+        bar = tqdm(total=steps, initial=history.steps, desc=label, unit="step", disable=quiet)
         for step in range(history.steps, steps):
             batch = batches(step)
             batch = (batch,) if isinstance(batch, Tensor) else batch
