@@ -1,0 +1,41 @@
+"""What the tests of the runner share: cells that claim, processes that should be gone."""
+
+import time
+from pathlib import Path
+
+import nbformat
+
+CLAIMS = """from IPython.display import display
+bundle = {{"claims": [dict(text="{text}", paper="-", ours={ours}, relation="<", bound=10.0,
+                          unit="", spread=0.1, seeds=2, holds=bool({ours} < 10))]}}
+data = {{"application/vnd.shuffle-nb.claims+json": bundle, "text/plain": "claims"}}
+display(data, raw=True)"""
+
+
+def claim(ours="steps", text="steps are few"):
+    """A cell that emits one claim, as check_claims does: `ours` must be below 10."""
+    return CLAIMS.format(ours=ours, text=text)
+
+
+def wait_until(happened, seconds=60):
+    """Wait for a condition; returns what it returned."""
+    deadline = time.monotonic() + seconds
+    while not (answer := happened()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return answer
+
+
+def is_gone(pid):
+    """Whether a process has ended (a zombie has, though nobody may have collected it)."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+    return status.rpartition(")")[2].split()[0] == "Z"
+
+
+def outputs(path):
+    """All text that a notebook's cells printed."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
