@@ -113,8 +113,8 @@ class History:
 
 # %% ../../nbs/foundations/02_training.ipynb #cell-019
 OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
+    "adamw": partial(torch.optim.AdamW, fused=True),  # one kernel for all parameters
+    "adam": partial(torch.optim.Adam, fused=True),
     "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
 SCHEDULES = {

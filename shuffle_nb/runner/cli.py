@@ -381,8 +381,9 @@ def start_lab(
     command = [sys.executable, "-m", "jupyterlab", f"--LabApp.default_url={page}"]
     command += [f"--ServerApp.root_dir={folder.resolve()}", *options]
     sys.stdout.flush()
-    # Kernels of this environment come before those of the user's home.
-    os.execve(sys.executable, command, {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1"})
+    # Kernels of this environment come before those of the user's home; threads wait asleep.
+    environment = {"JUPYTER_PREFER_ENV_PATH": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    os.execve(sys.executable, command, environment)
 
 # %% ../../nbs/runner/04_cli.ipynb #cell-021
 INJECTED = {"injected-parameters", "papermill-error-cell-tag"}

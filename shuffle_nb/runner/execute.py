@@ -223,6 +223,8 @@ def own_kernel() -> type:
     options += ["--IPKernelApp.log_level=50"]
     environment = {
         "TQDM_DISABLE": "1",  # a bar's hundred states would be stored in the notebook
+        # A thread that waits by spinning takes a busy core from the one that it waits for.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # figures go into the notebook
     }
 

@@ -1,0 +1,61 @@
+# `make run` and `make test` are all that a fresh machine needs: Python 3.11 or newer, make, git.
+
+BIN := .venv/bin
+READY := .venv/ready
+PAPER ?= token_shuffle
+FIND_PYTHON = for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+	    >/dev/null 2>&1 && break; python=; done; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python 3.11 or newer with venv was found (python3 is $$(python3 -V 2>&1)): \
+	install one, or name it with make PYTHON=..."; exit 1; fi
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lab docs readme check constraints clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(READY) ## execute one notebook, print its claims, write HTML (PAPER=token_shuffle)
+	@$(BIN)/shuffle-nb run $(PAPER) --html
+
+test: $(READY) ## all tests, two at a time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lab: $(READY) ## open JupyterLab on your own copy of the notebooks
+	@$(BIN)/shuffle-nb lab
+
+docs: $(READY) ## render the site into _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto:" \
+	  "install it from https://quarto.org/docs/get-started/ and call make docs again"; exit 1; }
+	rm -rf _proc
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+
+readme: $(READY) ## make README.md from nbs/index.ipynb
+	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_readme; \
+	else $(BIN)/python tests/readme.py; fi
+
+check: $(READY) ## ruff, and whether modules, notebooks and README are in sync
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && \
+	$(BIN)/python -m pytest -q tests/test_repository.py -k "clean or sync"
+
+constraints: ## pin the newest versions, torch as it is (PYTHON=the oldest supported)
+	@set -e; $(FIND_PYTHON); folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	"$$python" -m venv "$$folder/venv"; pip="$$folder/venv/bin/python -m pip"; \
+	grep '^torch==' constraints.txt > "$$folder/held"; \
+	echo "Installing the newest versions with $$("$$python" -V) ..."; \
+	$$pip install -qq -c "$$folder/held" -e ".[dev]"; $$pip check; \
+	{ grep '^#' constraints.txt; $$pip freeze --all --exclude-editable --exclude pip \
+	  | sed 's/+[^ ]*$$//' | LC_ALL=C sort -f; } > "$$folder/new"; \
+	mv "$$folder/new" constraints.txt
+
+clean: ## delete what builds leave behind (keeps .venv, runs and lab)
+	rm -rf _proc _docs build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@set -e; if [ ! -x $(BIN)/python ]; then $(FIND_PYTHON); "$$python" -m venv .venv; fi; \
+	echo "Installing shuffle_nb and what it needs into .venv (minutes the first time) ..."; \
+	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[dev]"; touch $@

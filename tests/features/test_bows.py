@@ -1,0 +1,700 @@
+"""Bag-of-words superposition: the data, the tied autoencoder, its closed form, what is measured."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shuffle_nb.features import bows
+from shuffle_nb.features.bows import (
+    TiedAutoencoder,
+    bag_of_words,
+    circular_bow,
+    documentation,
+    feature_r2,
+    figure8_bow,
+    fit_autoencoder,
+    gram_alignment,
+    iid_bow,
+    interference_stats,
+    learning_rates,
+    neighbour_order_score,
+    one_hot_r2,
+    pca_solution,
+    preactivation_parts,
+    same_topic_neighbours,
+    shuffle_columns,
+    sphere_bow,
+    word_correlations,
+    word_topics,
+    words_of,
+)
+from shuffle_nb.foundations import datasets
+from shuffle_nb.foundations.costs import count_flops
+
+OFF_DIAGONAL = ~torch.eye(12, dtype=torch.bool)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_model(n: int = 9, m: int = 4, relu: bool = True, dtype=torch.float64) -> TiedAutoencoder:
+    model = TiedAutoencoder(n, m, relu, generator=seeded(n + m)).to(dtype)
+    with torch.no_grad():
+        model.weight.mul_(2)
+        model.bias.uniform_(-0.2, 0.2, generator=seeded(1))
+    return model
+
+
+def random_bags(samples: int = 60, n: int = 9, share: float = 0.4, dtype=torch.float64):
+    return (torch.rand(samples, n, generator=seeded(2)) < share).to(dtype)
+
+
+def as_sparse(x: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return x.to_sparse_csr()
+
+
+# ---------------------------------------------------------------- bag of words
+
+
+def test_words_keep_case_and_small_numerals_and_lose_the_rest():
+    text = "In 1999 the Cat_food saw 100 cats, 7 Cats & 101 dogs; naïve x2"
+    found = words_of(text, {"the", "in"}, min_chars=0)
+    assert found == {
+        "In",
+        "Cat",
+        "food",
+        "saw",
+        "100",
+        "cats",
+        "7",
+        "Cats",
+        "dogs",
+        "naïve",
+        "x",
+        "2",
+    }
+    assert "In" not in words_of(text, {"the", "in"}, min_chars=0, lowercase=True)
+    assert words_of(text, min_chars=len(text) + 1) == set()
+    assert words_of(text, min_chars=len(text)) != set()
+
+
+def test_the_worked_example_of_four_records():
+    records = ["red apple", "green apple", "red rose", "blue sky"]
+    x, vocab = bag_of_words(records, window=2, min_chars=0)
+    assert vocab == ["apple", "red", "blue", "green", "rose", "sky"]
+    assert x.tolist() == [[1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 1, 1]]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from("abcdef"), max_size=5), min_size=1, max_size=25),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.integers(1, 7),
+)
+def test_windows_are_unions_as_the_formula_says(records, window, stride, vocab_size):
+    window = min(window, len(records))
+    lines = [" ".join(record) for record in records]
+    x, vocab = bag_of_words(lines, vocab_size, window, stride, min_chars=0)
+    expected = []
+    for start in range(0, len(records) - window + 1, stride):
+        present = set().union(*records[start : start + window])
+        expected.append([float(word in present) for word in vocab])
+    expected = [row for row in expected if any(row)]
+    assert x.tolist() == expected
+    sparse, same = bag_of_words(lines, vocab_size, window, stride, min_chars=0, sparse=True)
+    assert sparse.layout == torch.sparse_csr and same == vocab
+    assert torch.equal(sparse.to_dense(), x)
+    # The most frequent words, counted in records, ties in alphabetical order.
+    counts = {word: sum(word in record for record in records) for word in "abcdef"}
+    ranked = sorted((word for word in counts if counts[word]), key=lambda w: (-counts[w], w))
+    assert vocab == ranked[:vocab_size]
+
+
+@settings(deadline=None)
+@given(st.permutations(["a b", "c", "d a", "e"]), st.integers(1, 3))
+def test_order_and_repetition_inside_a_window_do_not_count(records, times):
+    whole = bag_of_words(["a b", "c", "d a", "e"], window=4, min_chars=0)
+    again = bag_of_words([" ".join([r] * times) for r in records], window=4, min_chars=0)
+    assert torch.equal(whole[0], again[0]) and whole[1] == again[1]
+
+
+def test_forced_words_come_first_even_if_rare_absent_or_stop_words():
+    records = ["the cat", "cat dog", "dog cat"]
+    options = dict(window=1, min_chars=0, stop_words={"the", "dog"})
+    x, vocab = bag_of_words(records, forced=("zebra", "the"), **options)
+    assert vocab == ["zebra", "the", "cat"]
+    assert x.tolist() == [[0, 1, 1], [0, 0, 1], [0, 0, 1]]
+    _, vocab = bag_of_words(records, 2, forced=("Zebra",), lowercase=True, **options)
+    assert vocab == ["zebra", "cat"]
+
+
+def test_english_stop_words_are_case_sensitive_and_empty_windows_are_dropped():
+    records = ["the and of", "The graph", "12345"]
+    x, vocab = bag_of_words(records, window=1, stop_words="english", min_chars=0)
+    assert vocab == ["The", "graph"] and x.tolist() == [[1, 1]]
+    x, vocab = bag_of_words(records, window=1, min_chars=1000)
+    assert x.shape == (0, 0) and vocab == []
+
+
+def test_documentation_is_read_once_and_comes_from_foundations():
+    assert bows.package_docstrings is datasets.package_docstrings
+    documentation.cache_clear()
+    texts = documentation(("torch.optim",))
+    assert documentation(("torch.optim",)) is texts
+    assert list(texts) == datasets.package_docstrings(["torch.optim"])
+    x, vocab = bag_of_words([t for _, t in texts], 50, 1, stop_words="english", lowercase=True)
+    assert x.shape[1] == 50 and "optimizer" in vocab and "the" not in vocab
+
+
+# ---------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("shape", [(9,), (0, 9), (5, 9), (2, 3, 9)])
+def test_model_is_the_formula_for_any_leading_shape(relu, shape):
+    model, x = random_model(relu=relu), torch.rand(shape, dtype=torch.float64)
+    z = x @ model.weight.T @ model.weight + model.bias
+    expected = z.clamp(min=0) if relu else z
+    assert torch.allclose(model(x), expected, atol=1e-12)
+    assert torch.equal(model(x), model.decode(model.encode(x)))
+
+
+def test_parameters_and_initial_bounds():
+    for init, bound in (("kaiming", math.sqrt(2 / 300)), ("linear", 1 / math.sqrt(300))):
+        model = TiedAutoencoder(300, 40, init=init, generator=seeded())
+        assert sum(p.numel() for p in model.parameters()) == 40 * 300 + 300
+        assert 0.99 * bound < model.weight.abs().max() <= bound
+        assert not model.bias.any()
+        again = TiedAutoencoder(300, 40, init=init, generator=seeded())
+        assert torch.equal(model.weight, again.weight)
+
+
+def test_initial_bounds_are_those_of_pytorch():
+    torch.manual_seed(0)
+    ours = TiedAutoencoder(30, 5)
+    torch.manual_seed(0)
+    theirs = torch.nn.init.kaiming_uniform_(torch.empty(5, 30), a=2**0.5)
+    assert torch.allclose(ours.weight, theirs)
+    torch.manual_seed(0)
+    ours = TiedAutoencoder(30, 5, init="linear")
+    torch.manual_seed(0)
+    assert torch.allclose(ours.weight, torch.nn.Linear(30, 5, bias=False).weight)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 12), st.integers(1, 14))
+def test_gram_is_symmetric_positive_and_of_low_rank(n, m):
+    gram = random_model(n, m).gram()
+    assert torch.allclose(gram, gram.T)
+    values = torch.linalg.eigvalsh(gram)
+    assert values.min() > -1e-9
+    assert (values > 1e-9 * values.max()).sum() <= m
+
+
+@settings(deadline=None)
+@given(st.integers(2, 10), st.integers(1, 6), st.booleans())
+def test_rotating_the_latent_changes_nothing(n, m, relu):
+    model, turned = random_model(n, m, relu), random_model(n, m, relu)
+    rotation = torch.linalg.qr(torch.randn(m, m, dtype=torch.float64)).Q
+    with torch.no_grad():
+        turned.weight.copy_(rotation @ model.weight)
+    x = random_bags(n=n)
+    assert torch.allclose(turned.gram(), model.gram(), atol=1e-12)
+    assert torch.allclose(turned(x), model(x), atol=1e-12)
+    for name, part in preactivation_parts(model, x).items():
+        assert torch.allclose(preactivation_parts(turned, x)[name], part, atol=1e-12)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients(relu):
+    model, x = random_model(6, 3, relu), torch.rand(4, 6, dtype=torch.float64)
+
+    def output(weight, bias, x):
+        state = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(model, state, (x,))
+
+    inputs = [model.weight.detach(), model.bias.detach(), x]
+    inputs = [value.clone().requires_grad_() for value in inputs]
+    assert torch.autograd.gradcheck(output, inputs)
+
+
+def test_sparse_batches_are_encoded_like_dense_ones():
+    model, x = random_model(dtype=torch.float32), random_bags(dtype=torch.float32)
+    assert torch.allclose(model(as_sparse(x)), model(x), atol=1e-6)
+
+
+def test_a_training_step_costs_ten_b_m_n():
+    model, x = TiedAutoencoder(40, 8), torch.rand(16, 40)
+    assert count_flops(model, x) == 4 * 16 * 8 * 40
+    assert count_flops(model, x, backward=True) == 10 * 16 * 8 * 40
+
+
+@pytest.mark.usefixtures("plain_python")
+def test_compiled_without_graph_breaks_and_under_autocast():
+    model, x = random_model(dtype=torch.float32), random_bags(dtype=torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    assert torch.allclose(model(x), random_model(dtype=torch.float32)(x))
+
+
+def test_state_dict_round_trip():
+    model, other = random_model(), TiedAutoencoder(9, 4).double()
+    assert list(model.state_dict()) == ["weight", "bias"]
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(random_bags()), other(random_bags()))
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_decay_is_decoupled_and_shrinks_the_bias_too():
+    X = torch.zeros(4, 6)  # with W = 0 contribution only: x = 0 gives no gradient at b < 0
+    model = TiedAutoencoder(6, 2, generator=seeded())
+    with torch.no_grad():
+        model.bias.fill_(-1.0)
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=4.0, fused=True)
+    (model(X) - X).square().mean().backward()
+    assert all(not p.grad.any() for p in model.parameters())
+    optimizer.step()
+    for parameter, before in zip(model.parameters(), start, strict=True):
+        assert torch.allclose(parameter, before * (1 - 0.01 * 4.0), rtol=1e-6, atol=0)
+
+
+def test_fit_decays_weight_and_bias_when_there_is_nothing_to_learn():
+    # No word ever occurs, and the ReLU output is 0 at b = 0: the gradient is zero at every step.
+    model, losses = fit_autoencoder(torch.zeros(8, 5), 3, weight_decay=2.0, lr=0.1, steps=3)
+    start = TiedAutoencoder(5, 3, generator=seeded(0)).weight
+    factor = math.prod(1 - 2.0 * rate for rate in learning_rates(0.1, 3, 1))
+    assert losses == [0, 0, 0]
+    assert torch.allclose(model.weight, start * factor, rtol=1e-5)
+
+
+def test_learning_rates():
+    assert learning_rates(1.0, 3, 1, "constant") == [1, 1, 1]
+    assert learning_rates(2.0, 4, 1, "cosine") == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5])
+    for schedule, per_epoch in (("cosine", 1), ("cosine-epoch", 3)):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.AdamW([parameter], lr=0.01)
+        floor = 1e-9 if schedule == "cosine-epoch" else 0.0
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12 // per_epoch, floor)
+        expected = []
+        for _ in range(12 // per_epoch):
+            expected += per_epoch * [optimizer.param_groups[0]["lr"]]
+            optimizer.step(), cosine.step()
+        assert learning_rates(0.01, 12, per_epoch, schedule) == pytest.approx(expected)
+
+
+def test_fit_is_repeatable_and_leaves_the_global_stream_alone():
+    X, state = circular_bow(200), torch.get_rng_state()
+    options = dict(lr=1e-2, batch=64, clip=1.0)
+    first, losses = fit_autoencoder(X, 3, epochs=2, seed=5, **options)
+    second, again = fit_autoencoder(X, 3, steps=8, seed=5, **options)  # 4 batches an epoch
+    other, _ = fit_autoencoder(X, 3, steps=8, seed=6, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(losses) == 8 and losses == again
+    assert torch.equal(first.weight, second.weight)
+    assert not torch.equal(first.weight, other.weight)
+    assert len(fit_autoencoder(X, 3, batch=200)[1]) == 10  # ten epochs, if nothing is said
+
+
+def test_fit_is_the_plain_loop():
+    X = circular_bow(100)
+    model, losses = fit_autoencoder(X, 3, weight_decay=1.0, lr=1e-2, steps=5, batch=40, clip=0.1)
+    generator = seeded(0)
+    plain = TiedAutoencoder(12, 3, generator=generator)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=1.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    batches = [
+        part for _ in range(2) for part in torch.randperm(100, generator=generator).split(40)
+    ]
+    for step in range(5):
+        loss = (plain(X[batches[step]]) - X[batches[step]]).square().mean()
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step(), cosine.step()
+    assert torch.allclose(model.weight, plain.weight, atol=1e-6)
+    assert torch.allclose(model.bias, plain.bias, atol=1e-6)
+
+
+def test_sparse_and_dense_data_train_the_same_model():
+    X = circular_bow(90)
+    X[7] = 0  # an empty row
+    dense, losses = fit_autoencoder(X, 3, steps=7, batch=20)
+    sparse, again = fit_autoencoder(as_sparse(X), 3, steps=7, batch=20)
+    assert losses == again and torch.equal(dense.weight, sparse.weight)
+
+
+def test_as_many_dimensions_as_words_lose_nothing():
+    X = circular_bow(2000)
+    options = dict(lr=1e-2, epochs=60, batch=256, init="linear", schedule="cosine-epoch")
+    _, losses = fit_autoencoder(X, 12, relu=False, **options)
+    assert losses[-1] < 1e-3
+    assert pca_solution(X.double(), 12)[2] < 1e-10
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    X = torch.full((8, 4), 1e25)
+    with pytest.raises(FloatingPointError, match="lr below"):
+        fit_autoencoder(X, 2, lr=1e30, steps=4, schedule="constant")
+
+
+# ---------------------------------------------------------------- synthetic sets
+
+
+def test_check_values_of_the_circle():
+    X = circular_bow(2000)
+    assert X.mean().item() == pytest.approx(0.498, abs=5e-4)
+    found = word_correlations(X)[0, :7].tolist()
+    expected = [1, 0.674, 0.335, 0.003, -0.340, -0.663, -0.838]
+    assert found == pytest.approx(expected, abs=6e-4)
+    assert torch.equal(X, circular_bow(2000, seed=42))
+    assert not torch.equal(X, circular_bow(2000, seed=43))
+
+
+def test_population_values_of_the_circle():
+    X = circular_bow(120_000)
+    expected = torch.tensor([1, 0.662, 0.333, 0, -0.333, -0.662, -0.824])
+    assert X.mean().item() == pytest.approx(0.5, abs=0.004)
+    assert torch.allclose(word_correlations(X)[0, :7], expected, atol=0.012)
+
+
+@pytest.mark.parametrize(
+    ("draw", "curve"),
+    [
+        (circular_bow, lambda t: (math.cos(t), math.sin(t))),
+        (figure8_bow, lambda t: (math.sin(t), math.sin(2 * t))),
+    ],
+)
+def test_curves_are_the_formula_sample_by_sample(draw, curve):
+    n, random = 7, np.random.RandomState(3)
+    X = draw(50, n, sharpness=4.0, log_odds=-1.0, seed=3)
+    for s in range(50):
+        u = curve(2 * math.pi * (s % n) / n)
+        for i in range(n):
+            v = curve(2 * math.pi * i / n)
+            logit = 4.0 * (v[0] * u[0] + v[1] * u[1]) - 1.0
+            assert X[s, i] == (random.random_sample() < 1 / (1 + math.exp(-logit)))
+
+
+def test_sphere_is_the_formula_sample_by_sample():
+    n, random = 5, np.random.RandomState(3)
+    X = sphere_bow(40, n, sharpness=6.0, log_odds=-0.5, seed=3)
+
+    def point(longitude, colatitude):
+        ring = math.sin(colatitude)
+        places = math.cos(longitude) * ring, math.sin(longitude) * ring, math.cos(colatitude)
+        return np.array(places)
+
+    golden = math.pi * (1 + 5**0.5)
+    words = [point(golden * (i + 0.5), math.acos(1 - 2 * (i + 0.5) / n)) for i in range(n)]
+    for s in range(40):
+        u = point(2 * math.pi * random.random_sample(), math.acos(2 * random.random_sample() - 1))
+        for i in range(n):
+            chance = 1 / (1 + math.exp(-(6.0 * words[i] @ u - 0.5)))
+            assert X[s, i] == (random.random_sample() < chance)
+
+
+def test_noise_moves_the_angles_after_the_uniform_draws():
+    X, random = circular_bow(60, 7, sharpness=4.0, noise=0.5, seed=3), np.random.RandomState(3)
+    draws, moved = random.random_sample((60, 7)), random.normal(0, 0.5, 60)
+    for s in range(60):
+        angle = 2 * math.pi * (s % 7) / 7 + moved[s]
+        for i in range(7):
+            logit = 4.0 * math.cos(angle - 2 * math.pi * i / 7)
+            assert X[s, i] == (draws[s, i] < 1 / (1 + math.exp(-logit)))
+
+
+@pytest.mark.parametrize("draw", [circular_bow, figure8_bow, sphere_bow])
+def test_noise_changes_samples_and_extreme_sharpness_is_fine(draw):
+    assert not torch.equal(draw(600), draw(600, noise=0.3))
+    assert set(draw(50, 3, sharpness=1e6, noise=0.1).unique().tolist()) <= {0.0, 1.0}
+
+
+def test_independent_words():
+    X = iid_bow(50_000, p=0.3)
+    assert X.shape == (50_000, 12)
+    assert torch.allclose(X.mean(0), torch.tensor(0.3), atol=0.01)
+    assert word_correlations(X)[OFF_DIAGONAL].abs().max() < 0.025
+    assert not iid_bow(10, p=0.0).any() and iid_bow(10, p=1.0).all()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(0, 5))
+def test_shuffled_columns_keep_their_values(samples, n, seed):
+    X = torch.rand(samples, n, generator=seeded(seed))
+    mixed = shuffle_columns(X, seeded(seed))
+    assert torch.equal(mixed.sort(0).values, X.sort(0).values)
+    bags = (X < 0.4).float()
+    assert torch.equal(shuffle_columns(bags, seeded(seed)).sum(0), bags.sum(0))
+    sparse = shuffle_columns(as_sparse(bags), seeded(seed))
+    assert sparse.layout == torch.sparse_csr
+    assert torch.equal(sparse.to_dense().sum(0), bags.sum(0))
+    assert set(sparse.to_dense().unique().tolist()) <= {0.0, 1.0}
+
+
+def test_sparse_shuffling_keeps_the_values_of_each_column():
+    X = random_bags(dtype=torch.float32) * torch.arange(1, 10)  # word i has the value i + 1
+    mixed = shuffle_columns(as_sparse(X), seeded()).to_dense()
+    assert torch.equal(mixed.sort(0).values, X.sort(0).values)
+
+
+@pytest.mark.parametrize("make", [torch.clone, as_sparse])
+def test_shuffling_drives_correlations_down_as_one_over_root_n(make):
+    for samples in (500, 2000, 8000):
+        mixed = shuffle_columns(make(circular_bow(samples)), seeded())
+        mean = word_correlations(mixed)[OFF_DIAGONAL].abs().mean().item()
+        assert mean == pytest.approx(math.sqrt(2 / (math.pi * samples)), rel=0.35)
+
+
+# ---------------------------------------------------------------- the closed form
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 5))
+def test_pca_reaches_its_loss_and_no_linear_model_does_better(n, m, seed):
+    m = min(m, n)
+    X = torch.rand(50, n, dtype=torch.float64, generator=seeded(seed))
+    W, b, smallest = pca_solution(X, m)
+    assert W.shape == (m, n)
+    assert torch.allclose(W @ W.T, torch.eye(m, dtype=torch.float64), atol=1e-10)
+    assert (X @ W.T @ W + b - X).square().mean().item() == pytest.approx(smallest, abs=1e-10)
+    for scale in (0.01, 1.0):
+        noise = scale * torch.randn(m, n, dtype=torch.float64, generator=seeded(seed))
+        other, shift = W + noise, X.mean(0) - X.mean(0) @ (W + noise).T @ (W + noise)
+        assert (X @ other.T @ other + shift - X).square().mean().item() >= smallest - 1e-12
+
+
+def test_pca_without_dimensions_is_the_mean_and_with_all_is_exact():
+    X = random_bags()
+    W, b, loss = pca_solution(X, 0)
+    assert W.shape == (0, 9) and torch.allclose(b, X.mean(0))
+    assert loss == pytest.approx(X.var(0, correction=0).mean().item())
+    assert pca_solution(X, 9)[2] < 1e-10
+    for found, expected in zip(pca_solution(as_sparse(X), 4), pca_solution(X, 4), strict=True):
+        assert torch.allclose(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+def test_pca_puts_the_population_circle_on_a_regular_polygon():
+    angles = 2 * math.pi * torch.arange(12, dtype=torch.float64) / 12
+    chances = (10 * torch.cos(angles[:, None] - angles)).sigmoid()
+    covariance = (chances.T @ chances / 12 - 0.25).fill_diagonal_(0.25)
+    W = torch.linalg.eigh(covariance).eigenvectors[:, -2:].T
+    expected = torch.cos(angles[:, None] - angles) / 6
+    assert torch.allclose(W.T @ W, expected, atol=1e-10)
+    assert neighbour_order_score(W) == 1
+    assert neighbour_order_score(pca_solution(circular_bow(2000), 2)[0]) == 1
+
+
+def test_a_trained_linear_model_comes_close_to_pca_and_never_below():
+    X = circular_bow(500)
+    model, _ = fit_autoencoder(X, 2, relu=False, lr=1e-2, epochs=60, batch=100)
+    loss, smallest = (model(X) - X).square().mean().item(), pca_solution(X, 2)[2]
+    assert smallest - 1e-6 <= loss < 1.02 * smallest
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**12 - 1))
+def test_the_three_parts_are_the_preactivation(n, m, bits):
+    model = random_model(n, m, dtype=torch.float32)
+    x = torch.tensor([float(bits >> i & 1) for i in range(n)])
+    with torch.no_grad():
+        parts = preactivation_parts(model, x)
+        gram = model.gram()
+    assert list(parts) == ["self", "interference", "bias"]
+    assert torch.allclose(sum(parts.values()), gram @ x + model.bias, atol=1e-6)
+    assert torch.allclose(parts["self"], gram.diagonal() * x, atol=1e-6)
+    others = torch.stack([sum(gram[i, j] * x[j] for j in range(n) if j != i) + 0 * x[0]
+                          for i in range(n)])  # fmt: skip
+    assert torch.allclose(parts["interference"], others, atol=1e-6)
+
+
+def test_a_word_alone_meets_no_interference():
+    one_hot = torch.eye(9, dtype=torch.float64)
+    parts = preactivation_parts(random_model(), one_hot)
+    assert parts["interference"].diagonal().abs().max() < 1e-6
+    assert torch.equal(parts["bias"], random_model().bias.expand(9, 9))
+
+
+@pytest.mark.parametrize("make", [torch.clone, as_sparse])
+def test_interference_stats_are_means_over_words_of_means_over_samples(make):
+    model, X = random_model(), random_bags(5000)
+    X[:, 0], X[:, 1] = 0, 0
+    X[:9, 1] = 1  # one sample short of ten
+    X[:, 2] = 1  # always there: no inactive samples
+    with torch.no_grad():
+        found = interference_stats(model, make(X))
+        others = preactivation_parts(model, X)["interference"]
+    words = range(2, 9)
+    active = [others[X[:, i] == 1, i] for i in words]
+    absent = [others[X[:, i] == 0, i] for i in words if i != 2]
+    expected = {
+        "active": np.mean([a.mean() for a in active]),
+        "inactive": np.mean([a.mean() for a in absent]),
+        "positive_share": np.mean([(a > 0).double().mean() for a in active]),
+        "positive_share_inactive": np.mean([(a > 0).double().mean() for a in absent]),
+        "self": model.gram().diagonal()[2:].mean().item(),
+        "bias": model.bias[2:].mean().item(),
+    }
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert len(interference_stats(model, X, min_active=9)) == 6
+
+
+@pytest.mark.parametrize("make", [torch.clone, as_sparse])
+def test_r2_of_each_word(make):
+    from sklearn.metrics import r2_score
+
+    model, X = random_model(), random_bags(5000)
+    X[:, 4] = 1
+    with torch.no_grad():
+        predicted = model(X)
+    found = feature_r2(model, make(X))
+    assert found[4].isnan() and found.isnan().sum() == 1
+    varying = torch.arange(9) != 4
+    expected = r2_score(X[:, varying], predicted[:, varying], multioutput="raw_values")
+    assert found[varying].tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+
+
+def test_r2_of_words_that_come_alone():
+    model = random_model()
+    found, expected = one_hot_r2(model), feature_r2(model, torch.eye(9, dtype=torch.float64))
+    assert torch.allclose(found, expected)
+    with torch.no_grad():
+        by_hand = (model.gram() + model.bias).clamp(min=0)  # row s: word s comes alone
+    residual = (by_hand - torch.eye(9)).square().sum(0)
+    assert torch.allclose(found, 1 - residual / (1 - 1 / 9))
+    assert one_hot_r2(TiedAutoencoder(1, 1)).isnan().all()
+
+
+@pytest.mark.parametrize("make", [torch.clone, as_sparse])
+def test_correlations_are_those_of_numpy(make):
+    X = random_bags(5000)
+    X[:, 3] = 0
+    found = word_correlations(make(X))
+    assert found[3].isnan().all() and found[:, 3].isnan().all()
+    varying = torch.arange(9) != 3
+    expected = torch.from_numpy(np.corrcoef(X[:, varying].T))
+    assert torch.allclose(found[varying][:, varying], expected)
+
+
+def test_alignment_is_the_correlation_of_the_off_diagonal_entries():
+    C = word_correlations(circular_bow(500))
+    assert gram_alignment(3 * C + 0.2, C) == pytest.approx(1)
+    assert gram_alignment(-C, C) == pytest.approx(-1)
+    assert gram_alignment(C + 100 * torch.eye(12), C) == pytest.approx(1)  # the diagonal is out
+    G = torch.randn(12, 12, generator=seeded())
+    expected = np.corrcoef(G[OFF_DIAGONAL], C[OFF_DIAGONAL])[0, 1]
+    assert gram_alignment(G, C) == pytest.approx(expected, abs=1e-6)
+    C[5], C[:, 5] = torch.nan, torch.nan  # a constant word is ignored
+    kept = OFF_DIAGONAL & ~C.isnan()
+    assert gram_alignment(G, C) == pytest.approx(np.corrcoef(G[kept], C[kept])[0, 1], abs=1e-6)
+
+
+def test_order_score_of_circles_and_of_chance():
+    angles = 2 * math.pi * torch.arange(12) / 12
+    circle = torch.stack([angles.cos(), angles.sin()])
+    assert neighbour_order_score(circle) == 1
+    assert neighbour_order_score(circle * torch.rand(12) + 0) == 1  # lengths do not matter
+    assert neighbour_order_score(circle[:, (5 * torch.arange(12)) % 12]) == 0
+    chance = [neighbour_order_score(torch.randn(6, 12, generator=seeded(i))) for i in range(300)]
+    assert np.mean(chance) == pytest.approx(2 / 11, abs=0.02)
+
+
+def test_topics_by_lift():
+    X = torch.tensor([[1, 0, 1, 0.0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]])
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    assert word_topics(X, labels, min_lift=2.0).tolist() == [-1, 1, 0, -1]
+    assert word_topics(X, labels, min_lift=2.5).tolist() == [-1, -1, -1, -1]  # lift is 5 / 2
+
+
+def test_same_topic_neighbours_of_islands_and_of_chance():
+    topics = torch.arange(60) % 4
+    islands = torch.eye(4)[topics].T + 0.05 * torch.randn(4, 60, generator=seeded())
+    assert same_topic_neighbours(islands, topics) == 1
+    topics[::3] = -1  # words without a topic are no neighbours
+    assert same_topic_neighbours(islands, topics) == 1
+    cloud = torch.randn(30, 600, generator=seeded())
+    assert same_topic_neighbours(cloud, torch.arange(600) % 4) == pytest.approx(0.25, abs=0.03)
+
+
+def test_interference_is_constructive_on_the_circle_and_not_for_independent_words():
+    options = dict(lr=1e-2, epochs=30, batch=256, clip=1.0, init="linear")
+    circle, coins = circular_bow(1000), iid_bow(1000, p=0.5)
+    found = {}
+    for name, X in (("circle", circle), ("independent", coins)):
+        model, _ = fit_autoencoder(X, 2, **options)
+        found[name] = interference_stats(model, X)
+    helped = {name: stats["active"] - stats["inactive"] for name, stats in found.items()}
+    assert helped["circle"] > 0.5 and abs(helped["independent"]) < 0.05
+    assert found["circle"]["inactive"] < 0 < found["circle"]["active"]
+
+
+# ---------------------------------------------------------------- bad input
+
+MODEL = TiedAutoencoder(4, 2)
+TWO = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0]])
+
+
+@pytest.mark.usefixtures("plain_python")
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda: bag_of_words(["a"], window=0), "window must be at least 1, got 0"),
+            (lambda: bag_of_words(["a"], stride=0), "stride must be at least 1, got 0"),
+            (lambda: bag_of_words(["a"], vocab_size=0), "vocab_size must be at least 1"),
+            (lambda: bag_of_words(["a"] * 19), "window of 20, got 19"),
+            (lambda: bag_of_words([]), "got 0"),
+            (lambda: bag_of_words(["a"], 1, 1, forced=("b", "c")), "at most 1 words, got 2"),
+            (lambda: bag_of_words(["a"], window=1, stop_words="french"), "'english'.*'french'"),
+            (lambda: documentation(("no_such_package",)), "no_such_package"),
+            (lambda: TiedAutoencoder(4, 0), "at least 1, got n = 4 and m = 0"),
+            (lambda: TiedAutoencoder(0, 1), "at least 1, got n = 0"),
+            (lambda: TiedAutoencoder(4, 2, init="normal"), "'kaiming', 'linear'.*'normal'"),
+            (lambda: MODEL(torch.zeros(3, 5)), r"4 words, got shape \(3, 5\)"),
+            (lambda: preactivation_parts(MODEL, torch.zeros(3)), "4 words"),
+            (lambda: fit_autoencoder(TWO, 0), "m = 0"),
+            (lambda: fit_autoencoder(TWO, 2, steps=1, epochs=1), "not both"),
+            (lambda: fit_autoencoder(TWO, 2, steps=0), "at least 1, got 0"),
+            (lambda: fit_autoencoder(TWO, 2, epochs=0), "at least 1"),
+            (lambda: fit_autoencoder(TWO, 2, batch=0), "batch must be at least 1"),
+            (lambda: fit_autoencoder(TWO, 2, schedule="step"), "'cosine-epoch'.*'step'"),
+            (lambda: fit_autoencoder(TWO.long(), 2), "floats, got torch.int64"),
+            (lambda: fit_autoencoder(TWO[0], 2), r"shape \(4,\)"),
+            (lambda: fit_autoencoder(TWO[:0], 2), r"shape \(0, 4\)"),
+            (lambda: circular_bow(0), "num_samples and n must be at least 1"),
+            (lambda: figure8_bow(5, 0), "num_samples and n must be at least 1"),
+            (lambda: sphere_bow(5, noise=-1.0), "noise must not be negative"),
+            (lambda: iid_bow(5, p=1.5), "probability, got 1.5"),
+            (lambda: shuffle_columns(TWO[0]), r"shape \(4,\)"),
+            (lambda: pca_solution(TWO, 5), r"m must be in 0\.\.4, got 5"),
+            (lambda: pca_solution(TWO, -1), "got -1"),
+            (lambda: interference_stats(MODEL, TWO), "active in 10 of the 2 samples"),
+            (lambda: feature_r2(MODEL, torch.zeros(3, 5)), "4 words"),
+            (lambda: gram_alignment(torch.eye(3), torch.eye(4)), r"\(3, 3\) and \(4, 4\)"),
+            (lambda: gram_alignment(torch.eye(2), torch.eye(2)), "at least three words"),
+            (lambda: neighbour_order_score(torch.eye(2)), "n >= 3"),
+            (lambda: word_topics(TWO, torch.zeros(3, dtype=torch.long)), r"labels must be \(2,\)"),
+            (lambda: same_topic_neighbours(TWO, torch.zeros(3).long()), r"topics must be \(4,\)"),
+            (lambda: same_topic_neighbours(TWO, torch.zeros(4).long(), k=4), r"1\.\.3, got 4"),
+        ],
+    )
+    def test_message_says_what_was_expected(self, call, message):
+        with pytest.raises(ValueError, match=message):
+            call()
