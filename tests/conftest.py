@@ -1,5 +1,7 @@
 """What every test may use, and what the end of a test run says."""
 
+import sys
+
 import pytest
 import torch
 from jaxtyping import config
@@ -10,6 +12,9 @@ SLOWEST_FIRST = ("test_notebooks.py", "test_repository.py")  # so that no worker
 @pytest.fixture
 def plain_python():
     """Switch the run-time shape checks off, as for a user: the package's own messages must do."""
+    # All checked functions share one wrapper, and torch.compile counts recompilations by function.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     before = config.jaxtyping_disable
     config.update("jaxtyping_disable", True)
     yield

@@ -10,6 +10,7 @@ __all__ = ['RELATIONS', 'CLAIMS_MIME', 'HEADINGS', 'Claim', 'readable', 'ClaimNo
 import math
 import operator
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import SupportsFloat
@@ -52,6 +53,26 @@ class Claim:
                 object.__setattr__(self, name, float(value))
         if not math.isfinite(self.bound):
             raise ValueError(f"bound must be a finite number, got {self.bound}")
+
+    @classmethod
+    def over_seeds(
+        cls,
+        text: str,
+        paper: str,
+        values: Iterable[SupportsFloat],  # one measurement a seed
+        relation: str,
+        bound: SupportsFloat,
+        unit: str = "",
+    ) -> "Claim":
+        """Claim something of the mean over seeds; the spread is their standard deviation."""
+        values = [float(value) for value in values]
+        if not values:
+            raise ValueError("values must hold one number a seed, got none")
+        count, spread = len(values), None
+        mean = sum(values) / count
+        if count > 1:
+            spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+        return cls(text, paper, mean, relation, bound, unit, spread, count)
 
     @property
     def holds(self) -> bool:

@@ -50,6 +50,14 @@ def test_tensors_and_numpy_numbers_become_plain_ones():
     assert claim(np.int64(3), "==", 3).holds
 
 
+def test_a_claim_over_seeds_is_on_their_mean():
+    made = Claim.over_seeds("it works", "-", torch.tensor([1.0, 2.0, 6.0]), ">", 2.5, "m")
+    assert (made.ours, made.seeds, made.unit) == (3.0, 3, "m") and made.holds
+    assert made.spread == pytest.approx(np.std([1, 2, 6], ddof=1))
+    assert Claim.over_seeds("it works", "-", [1.0], ">", 0).spread is None
+    assert not Claim.over_seeds("it works", "-", [1.0, math.nan], ">", 0).holds
+
+
 def test_a_failing_claim_raises_after_the_table_was_shown(capsys):
     claims = [claim(), claim(0.1, unit="nats", spread=0.02, seeds=3), claim(math.nan, "<")]
     with pytest.raises(ClaimNotMet, match=r"2 of 3 claims do not hold.*0.1 ± 0.02 nats.*nan"):
@@ -107,6 +115,7 @@ def test_numbers_are_written_for_people(number, text):
         (lambda: claim(bound=math.nan), "bound must be a finite number"),
         (lambda: claim(seeds=0), "seeds must be at least 1"),
         (lambda: check_claims([]), "at least one claim"),
+        (lambda: Claim.over_seeds("it works", "-", [], ">", 0), "one number a seed, got none"),
     ],
 )
 def test_bad_input(call, message):
