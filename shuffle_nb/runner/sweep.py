@@ -161,13 +161,14 @@ def write_table(
 # %% ../../nbs/runner/03_sweep.ipynb #cell-017
 def axis_of(
     values: list,  # of the parameter to draw along
-) -> tuple[list[float], list[str] | None, str]:  # positions, labels or None, scale
+) -> tuple[list[float], list[str], str]:  # positions, labels, scale
     """Place numbers by value, on a log axis if they span decades, and anything else in order."""
     is_numeric = all(type(value) in (int, float) for value in values)
     if not is_numeric:
         return list(range(len(values))), [str(value) for value in values], "linear"
     spans_decades = min(values) > 0 and max(values) / min(values) >= 50
-    return [float(value) for value in values], None, "log" if spans_decades else "linear"
+    places = [float(value) for value in values]
+    return places, [f"{value:g}" for value in values], "log" if spans_decades else "linear"
 
 
 def sweep_figure(
@@ -176,7 +177,10 @@ def sweep_figure(
     title: str,  # what was swept
 ) -> Any:  # a matplotlib figure
     """Draw the claims over the swept parameters, small multiples with their bounds."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
+
+    from shuffle_nb.foundations.figures import use_house_style
 
     rows = [row for row in rows if row["claim"] is not None and row["ours"] is not None]
     claims = list(dict.fromkeys(row["claim"] for row in rows))
@@ -184,14 +188,19 @@ def sweep_figure(
     along, *others = several or parameters
     columns = min(3, max(1, len(claims)))
     lines = -(-max(1, len(claims)) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * lines + 0.4), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for panel, claim in itertools.zip_longest(panels, claims):
-        if claim is None:
-            panel.set_axis_off()
-        else:
-            draw_claim(panel, [row for row in rows if row["claim"] == claim], along, others)
+    with rc_context():  # the house style for this figure alone
+        use_house_style()
+        figure = Figure(figsize=(4.2 * columns, 3.4 * lines + 0.4), layout="constrained")
+        figure.suptitle(title)
+        panels = figure.subplots(lines, columns, squeeze=False).flat
+        for panel, claim in itertools.zip_longest(panels, claims):
+            if claim is None:
+                panel.set_axis_off()
+            else:
+                draw_claim(panel, [row for row in rows if row["claim"] == claim], along, others)
+        if others:  # the same in every panel
+            lines_and_labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(*lines_and_labels, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -228,15 +237,13 @@ def draw_claim(
     if len(bounds) == 1:
         panel.axhline(*bounds, linestyle="--", color="0.35", linewidth=1)
     panel.set_xscale(scale)
-    if labels:
-        panel.set_xticks(places, labels)
+    panel.set_xticks(places, labels)  # what was tried, and nothing in between
+    panel.minorticks_off()
     claim, relation, unit = (rows[0][key] for key in ("claim", "relation", "unit"))
     bound = f"{rows[0]['bound']:g}" if len(bounds) == 1 else "dashed"
     panel.set_title("\n".join(textwrap.wrap(claim, 44)), fontsize=10)
     panel.set_xlabel(along)
     panel.set_ylabel(f"measured (claim: {relation} {bound} {unit or ''}".rstrip() + ")")
-    if others:
-        panel.legend(fontsize=8)
 
 # %% ../../nbs/runner/03_sweep.ipynb #cell-020
 @dataclass(frozen=True)

@@ -96,9 +96,9 @@ def test_rows_are_tidy_and_name_clashes_are_resolved():
 @pytest.mark.parametrize(
     ("values", "axis"),
     [
-        ([1, 2], ([1.0, 2.0], None, "linear")),
-        ([1e-3, 1e-1], ([1e-3, 1e-1], None, "log")),
-        ([0, 100], ([0.0, 100.0], None, "linear")),
+        ([1, 2], ([1.0, 2.0], ["1", "2"], "linear")),
+        ([1e-3, 1e-1], ([1e-3, 1e-1], ["0.001", "0.1"], "log")),
+        ([0, 100], ([0.0, 100.0], ["0", "100"], "linear")),
         (["a", "b"], ([0.0, 1.0], ["a", "b"], "linear")),
         ([True, False], ([0.0, 1.0], ["True", "False"], "linear")),
     ],
@@ -116,7 +116,7 @@ def test_the_figure_has_a_panel_a_claim_with_its_bound(ours):
     rows = sweep_rows([record(claims=facts, lr=lr, arm=arm) for lr in (1, 2) for arm in "ab"])
     figure = sweep_figure(rows, ["lr", "arm"], "a title")
     panels = [panel for panel in figure.axes if panel.axison]
-    assert [panel.get_title() for panel in panels] == ["few", "small"]
+    assert [panel.get_title(loc="left") for panel in panels] == ["few", "small"]
     assert {panel.get_xlabel() for panel in panels} == {"lr"}
     assert all("< 2 s" in panel.get_ylabel() for panel in panels)
     figure.canvas.draw()
