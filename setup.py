@@ -48,7 +48,7 @@ setup(
     python_requires=f">={package['min_python']}",
     packages=[*find_packages(include=["shuffle_nb", "shuffle_nb.*"]), *notebook_packages],
     package_dir={"shuffle_nb": "shuffle_nb", "shuffle_nb.nbs": "nbs"},
-    package_data={name: ["*.ipynb", "*.safetensors"] for name in notebook_packages},
+    package_data={"": ["*.safetensors"], **{name: ["*.ipynb"] for name in notebook_packages}},
     install_requires=words("requirements"),
     extras_require={"dev": words("dev_requirements"), "data": words("data_requirements")},
     entry_points={"console_scripts": ["shuffle-nb = shuffle_nb.runner.cli:main"]},
