@@ -243,14 +243,17 @@ def fit(
     run = _Run(model, descent, scheduler, device, settings)
     step_loss = torch.compile(loss) if compile else loss
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # None: quiet unless a person watches. tqdm's notebook bar does not read its own variable.
+    quiet = True if os.environ.get("TQDM_DISABLE") else None
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        tqdm(total=steps, desc=label, unit="step", disable=quiet) as bar,
+    ):
         torch.manual_seed(seed)  # inside the fork: the caller's random stream stays as it was
         if checkpoint is not None and Path(checkpoint).exists():
             run.load(checkpoint)
         history, clock, cpu_clock = run.history, time.perf_counter(), time.process_time()
-        # None: quiet unless a person watches. tqdm's notebook bar does not read its own variable.
-        quiet = True if os.environ.get("TQDM_DISABLE") else None
-        bar = tqdm(total=steps, initial=history.steps, desc=label, unit="step", disable=quiet)
+        bar.initial = bar.n = history.steps
         for step in range(history.steps, steps):
             batch = batches(step)
             batch = (batch,) if isinstance(batch, Tensor) else batch
@@ -273,7 +276,6 @@ def fit(
             bar.update()
             if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
                 run.save(checkpoint)
-        bar.close()
     return history
 
 # %% ../../nbs/foundations/02_training.ipynb #cell-036

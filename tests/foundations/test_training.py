@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from shuffle_nb.foundations import training
 from shuffle_nb.foundations.training import (
     History,
     MiniBatches,
@@ -165,6 +166,20 @@ def test_it_stops_at_the_first_loss_that_is_not_finite(number):
     assert len(calls) == 4
     weights = model.state_dict()
     assert all(torch.equal(before[name], weights[name]) for name in before if "weight" in name)
+
+
+def test_a_run_that_stops_leaves_no_progress_bar_open(monkeypatch):
+    closed = []
+
+    class WatchedBar(training.tqdm):
+        def close(self):
+            closed.append(self.n)
+            super().close()
+
+    monkeypatch.setattr(training, "tqdm", WatchedBar)
+    with pytest.raises(FloatingPointError) as stopped:
+        fit(network(), squared_error, lambda step: (X / 0, Y), steps=2, device="cpu")
+    assert closed == [0], stopped  # `stopped` keeps the bar alive: nothing else can have closed it
 
 
 def test_mixed_precision_trains_about_the_same():
