@@ -1,0 +1,1102 @@
+"""HSSDA: boxes and overlaps, thresholds and levels, quadrant shuffles, teacher and trainer."""
+
+import copy
+import math
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+from torch import nn
+
+from shuffle_nb.shuffles.hssda import (
+    BEVDetector,
+    Detections,
+    HSSDATrainer,
+    PseudoLabeller,
+    Targets,
+    bev_areas,
+    consistency_score,
+    dual_threshold,
+    ema_keep,
+    ema_update,
+    global_view,
+    inside_boxes,
+    nms_bev,
+    points_in_boxes,
+    random_quadrants,
+    rasterise,
+    read_kitti,
+    read_kitti_scene,
+    remove_points,
+    rotated_iou_bev,
+    seam,
+    shuffle_bev_map,
+    shuffle_bev_points,
+    split_supervision,
+    transform_boxes,
+    two_means,
+    unshuffle_bev_indices,
+    unshuffle_bev_map,
+)
+
+PERMS = st.permutations(range(4))
+SEEDS = st.integers(0, 10_000)
+ALL_PERMS = list(permutations(range(4)))
+
+
+def random_boxes(n: int, seed: int = 0, spread: float = 6.0) -> torch.Tensor:
+    """Boxes (n, 7) in float64 close enough to each other to overlap often."""
+    g = torch.Generator().manual_seed(seed)
+    boxes = torch.rand(n, 7, generator=g, dtype=torch.float64)
+    scale = torch.tensor([spread, spread, 2, 5, 3, 2, 7], dtype=torch.float64)
+    shift = torch.tensor([30, -spread / 2, -1, 0.3, 0.3, 0.5, -3.5], dtype=torch.float64)
+    return boxes * scale + shift
+
+
+def random_points(n: int, seed: int = 0, margin: float = 5.0, dtype=torch.float32) -> torch.Tensor:
+    """Points (n, 4) on the ground of KITTI and up to `margin` outside it."""
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([70.4 + 2 * margin, 80 + 2 * margin, 4, 1])
+    points = torch.rand(n, 4, generator=g) * scale
+    return (points - torch.tensor([margin, 40 + margin, 3, 0])).to(dtype)
+
+
+def in_range(points: torch.Tensor) -> torch.Tensor:
+    x, y = points[..., 0], points[..., 1]
+    return (x >= 0) & (x < 70.4) & (y >= -40) & (y < 40)
+
+
+# ---------------------------------------------------------------- overlap
+
+
+def outline(box) -> list[tuple[float, float]]:
+    x, y, _, length, width, _, heading = box.tolist()
+    c, s = math.cos(heading), math.sin(heading)
+    halves = [(a * length / 2, b * width / 2) for a, b in ((1, 1), (-1, 1), (-1, -1), (1, -1))]
+    return [(x + a * c - b * s, y + a * s + b * c) for a, b in halves]
+
+
+def clipped_area(subject, clip) -> float:
+    """Area of the intersection of two convex polygons, by clipping corner after corner."""
+    for (ax, ay), (bx, by) in zip(clip, clip[1:] + clip[:1], strict=True):
+        side = [(bx - ax) * (y - ay) - (by - ay) * (x - ax) for x, y in subject]
+        left = []
+        for i, (p, sp) in enumerate(zip(subject, side, strict=True)):
+            q, sq = subject[(i + 1) % len(subject)], side[(i + 1) % len(subject)]
+            if sp >= 0:
+                left.append(p)
+            if (sp >= 0) != (sq >= 0):
+                t = sp / (sp - sq)
+                left.append((p[0] + t * (q[0] - p[0]), p[1] + t * (q[1] - p[1])))
+        subject = left
+        if not subject:
+            return 0.0
+    following = subject[1:] + subject[:1]
+    return abs(sum(a * d - c * b for (a, b), (c, d) in zip(subject, following, strict=True))) / 2
+
+
+@settings(deadline=None, max_examples=20)
+@given(SEEDS, st.sampled_from([3.0, 6.0, 15.0]))
+def test_overlap_equals_clipping_polygons_corner_by_corner(seed, spread):
+    a, b = random_boxes(6, seed, spread), random_boxes(5, seed + 1, spread)
+    iou = rotated_iou_bev(a, b)
+    for i, box_a in enumerate(a):
+        for j, box_b in enumerate(b):
+            shared = clipped_area(outline(box_a), outline(box_b))
+            union = box_a[3] * box_a[4] + box_b[3] * box_b[4] - shared
+            assert iou[i, j].item() == pytest.approx(shared / union.item(), abs=1e-9)
+
+
+def test_overlap_equals_counting_a_fine_raster():
+    a, b = random_boxes(4, 3, 3.0), random_boxes(4, 4, 3.0)
+    low, side = torch.tensor([26.0, -6.0]), 12.0
+    places = (torch.arange(600, dtype=torch.float64) + 0.5) * (side / 600)
+    grid = torch.cartesian_prod(places, places) + low
+    grid = torch.cat([grid, torch.zeros(len(grid), 1)], dim=1)
+    flat_a, flat_b = a.clone(), b.clone()
+    flat_a[:, 2], flat_b[:, 2] = 0, 0
+    in_a, in_b = (inside_boxes(grid, boxes).double() for boxes in (flat_a, flat_b))
+    shared = in_a.T @ in_b
+    counted = shared / (in_a.sum(0)[:, None] + in_b.sum(0) - shared)
+    assert torch.allclose(rotated_iou_bev(a, b), counted, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_overlap_of_worked_cases(dtype):
+    one = torch.tensor([[0, 0, 0, 2, 2, 2, 0]], dtype=dtype)
+    tenth = torch.tensor([[0, 0, 0, 20, 0.2, 1, 0.7]], dtype=dtype)
+    cases = torch.tensor(
+        [
+            [0, 0, 5, 2, 2, 2, 0],  # height does not matter
+            [1, 1, 0, 2, 2, 2, 0],
+            [0, 0, 0, 2, 2, 2, math.pi / 4],
+            [0, 0, 0, 2, 2, 2, math.pi / 2],
+            [0, 0, 0, 2, 2, 2, -3 * math.pi],
+            [2, 0, 0, 2, 2, 2, 0],  # touching
+            [1 + math.sqrt(2), 0, 0, 2, 2, 2, math.pi / 4],
+            [0, 0, 0, 1, 1, 1, 0.3],  # inside
+            [0, 0, 0, 0, 0, 0, 0],  # nothing
+            [300, 300, 0, 2, 2, 2, 1],
+        ],
+        dtype=dtype,
+    )
+    expected = [1, 1 / 7, 1 / math.sqrt(2), 1, 1, 0, 0, 0.25, 0, 0]
+    assert rotated_iou_bev(one, cases)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert rotated_iou_bev(one, cases)[0, 5] == 0  # exactly
+    assert rotated_iou_bev(tenth, tenth).item() == pytest.approx(1, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(SEEDS, st.floats(-3, 3), st.floats(0.5, 2))
+def test_overlap_is_symmetric_bounded_one_with_itself_and_moves_along(seed, angle, scale):
+    a, b = random_boxes(7, seed), random_boxes(5, seed + 1)
+    iou = rotated_iou_bev(a, b)
+    assert ((iou >= 0) & (iou <= 1)).all()
+    assert torch.allclose(iou, rotated_iou_bev(b, a).T, atol=1e-9)
+    assert torch.allclose(rotated_iou_bev(a, a).diagonal(), torch.ones(7).double(), atol=1e-9)
+    moved = [transform_boxes(x, True, angle, scale) for x in (a, b)]
+    assert torch.allclose(iou, rotated_iou_bev(*moved), atol=1e-9)
+
+
+def test_overlap_in_single_precision_and_of_batches():
+    a, b = random_boxes(40, 5), random_boxes(30, 6)
+    single = rotated_iou_bev(a.float(), b.float())
+    assert single.dtype == torch.float32
+    assert torch.allclose(single.double(), rotated_iou_bev(a, b), atol=1e-5)
+    assert rotated_iou_bev(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+    batched = rotated_iou_bev(a.view(2, 20, 7), b.view(2, 15, 7))
+    assert torch.equal(batched[1], rotated_iou_bev(a[20:], b[15:]))
+    assert rotated_iou_bev(a[:0], b).shape == (0, 30)
+    assert rotated_iou_bev(a, b[:0]).shape == (40, 0)
+
+
+def test_overlap_of_boxes_apart_is_exactly_zero():
+    """Rounding must not make boxes overlap: removal asks for more than zero."""
+    a, b = random_boxes(60, 7, 20.0), random_boxes(60, 8, 20.0)
+    iou = rotated_iou_bev(a.float(), b.float())
+    exact = rotated_iou_bev(a, b)
+    assert ((iou > 0) == (exact > 0)).float().mean() > 0.999
+    assert (iou[exact == 0] == 0).float().mean() > 0.999
+
+
+def greedy(boxes, scores, threshold):
+    iou, kept = rotated_iou_bev(boxes, boxes), []
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        if scores[i] > 0 and all(iou[i, j] <= threshold for j in kept):
+            kept.append(i)
+    return torch.zeros(len(boxes), dtype=torch.bool).index_fill(0, torch.tensor(kept).long(), True)
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, st.integers(1, 40), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
+def test_suppression_is_the_greedy_loop(seed, n, threshold, ties):
+    boxes = random_boxes(n, seed, 10.0)
+    scores = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    if ties:
+        scores = (scores * 4).round() / 4
+    assert torch.equal(nms_bev(boxes, scores, threshold), greedy(boxes, scores, threshold))
+
+
+def test_suppression_of_a_batch_is_that_of_its_scenes():
+    boxes, scores = random_boxes(60, 1, 8.0).view(3, 20, 7), torch.rand(3, 20)
+    kept = nms_bev(boxes, scores)
+    for scene in range(3):
+        assert torch.equal(kept[scene], nms_bev(boxes[scene], scores[scene]))
+
+
+# ---------------------------------------------------------------- points and boxes
+
+
+def test_points_in_a_box_by_hand():
+    box = torch.tensor([[10, 0, 1, 4, 2, 2, math.pi / 2], [10, 0, 1, 8, 8, 8, 0]])
+    rows = [[10, 1.9, 1], [11.5, 0, 1], [10, 0, 3.5], [10, 0, 1.9], [30, 0, 1], [10, -4.0, 1]]
+    assert points_in_boxes(torch.tensor(rows), box).tolist() == [0, 1, 1, 0, -1, 1]
+    assert points_in_boxes(torch.tensor(rows), box[:0]).tolist() == [-1] * 6
+
+
+def test_borders_belong_to_the_box_and_ties_go_to_the_first():
+    box = torch.tensor([[5, 5, 0, 4, 2, 2, 0.0]])
+    corners = torch.tensor([[7, 6, 1], [3, 4, -1], [7.0001, 5, 0], [5, 6.0001, 0], [5, 5, 1.0001]])
+    assert points_in_boxes(corners, box.repeat(3, 1)).tolist() == [0, 0, -1, -1, -1]
+
+
+@settings(deadline=None, max_examples=25)
+@given(SEEDS)
+def test_points_in_boxes_equals_a_loop(seed):
+    boxes = random_boxes(6, seed)
+    points = random_boxes(50, seed + 1)[:, :3]
+    expected = []
+    for point in points:
+        hits = []
+        for i, box in enumerate(boxes):
+            dx, dy, dz = (point - box[:3]).tolist()
+            c, s = math.cos(box[6]), math.sin(box[6])
+            local = (dx * c + dy * s, dy * c - dx * s, dz)
+            if all(abs(v) <= h / 2 for v, h in zip(local, box[3:6].tolist(), strict=True)):
+                hits.append(i)
+        expected.append(hits[0] if hits else -1)
+    assert points_in_boxes(points, boxes).tolist() == expected
+
+
+@settings(deadline=None, max_examples=25)
+@given(SEEDS)
+def test_removal_empties_the_boxes_and_keeps_the_rest_in_order(seed):
+    boxes, points = random_boxes(5, seed), random_boxes(80, seed + 1)[:, :4]
+    left = remove_points(points, boxes)
+    assert not inside_boxes(left, boxes).any()
+    assert torch.equal(left, points[points_in_boxes(points, boxes) < 0])
+    padded = remove_points(points[None], boxes[None])[0]
+    assert torch.equal(padded[~padded.isnan().any(-1)], left)
+    assert torch.equal(remove_points(points, boxes[:0]), points)
+
+
+def test_padding_is_in_no_box_and_boxes_of_nan_hold_no_point():
+    boxes = random_boxes(3)
+    nothing = torch.full((4, 4), torch.nan, dtype=torch.float64)
+    assert (points_in_boxes(nothing, boxes) == -1).all()
+    assert not inside_boxes(boxes[:, :4], torch.full_like(boxes, torch.nan)).any()
+
+
+# ---------------------------------------------------------------- transform, consistency
+
+
+@given(SEEDS, st.booleans(), st.floats(-4, 4), st.floats(0.5, 2))
+def test_transform_is_undone_and_its_order_is_flip_rotate_scale(seed, flip, rotation, scale):
+    boxes = random_boxes(5, seed)
+    moved = transform_boxes(boxes, flip, rotation, scale)
+    back = transform_boxes(moved, flip, rotation, scale, inverse=True)
+    assert torch.allclose(back, boxes, atol=1e-9)
+    x, y, heading = boxes[:, 0], boxes[:, 1] * (-1) ** flip, boxes[:, 6] * (-1) ** flip
+    c, s = math.cos(rotation), math.sin(rotation)
+    assert torch.allclose(moved[:, 0], (x * c - y * s) * scale)
+    assert torch.allclose(moved[:, 1], (x * s + y * c) * scale)
+    assert torch.allclose(moved[:, 2:6], boxes[:, 2:6] * scale)
+    assert torch.allclose(moved[:, 6], heading + rotation)
+
+
+@settings(deadline=None)
+@given(SEEDS, st.booleans(), st.floats(-0.8, 0.8), st.floats(0.95, 1.05))
+def test_consistency_of_an_equivariant_teacher_is_one(seed, flip, rotation, scale):
+    boxes, transform = random_boxes(6, seed), dict(flip_y=flip, rotation=rotation, scale=scale)
+    aug_boxes = transform_boxes(boxes, **transform)
+    score = consistency_score(boxes, aug_boxes.flip(0), transform)
+    assert torch.allclose(score, torch.ones(6).double(), atol=1e-9)
+    assert (consistency_score(boxes, aug_boxes[:0], transform) == 0).all()
+    assert consistency_score(boxes[:0], aug_boxes, transform).shape == (0,)
+
+
+def test_consistency_is_the_largest_overlap():
+    box = torch.tensor([[5.0, 0, 0, 2, 2, 2, 0]])
+    others = box.repeat(3, 1)
+    others[:, 0] += torch.tensor([1.5, 0.5, 30])
+    assert consistency_score(box, others, {}).item() == pytest.approx(3 / 5)
+
+
+def test_second_view_moves_points_with_their_boxes():
+    points = random_points(400, 2).view(2, 200, 4)
+    boxes = torch.cat([points[:, :20, :3], torch.full((2, 20, 3), 3.0), torch.rand(2, 20, 1)], -1)
+    view, move = global_view(points, torch.Generator().manual_seed(1))
+    assert torch.equal(view[..., 3], points[..., 3])
+    before, after = inside_boxes(points, boxes), inside_boxes(view, move(boxes))
+    assert (before == after).float().mean() > 0.9999
+    again, _ = global_view(points, torch.Generator().manual_seed(1))
+    assert torch.equal(view, again)
+    scale = move(boxes)[:, :, 3] / 3
+    assert ((scale > 0.949) & (scale < 1.051)).all() and scale[0, 0] != scale[1, 0]
+
+
+# ---------------------------------------------------------------- thresholds and levels
+
+
+def squares(scores: np.ndarray, centres) -> float:
+    return np.minimum(*[(scores - float(c)) ** 2 for c in centres]).sum()
+
+
+@settings(deadline=None, max_examples=40)
+@given(SEEDS, st.integers(3, 60), st.booleans())
+def test_two_means_is_at_least_as_good_as_kmeans(seed, n, coarse):
+    scores = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scores = (scores * 5).round() / 5 if coarse else scores
+    centres = two_means(scores)
+    assert centres[0] >= centres[1]
+    if len(scores.unique()) > 1:
+        fitted = KMeans(2, n_init=3, random_state=0).fit(scores.numpy()[:, None])
+        assert squares(scores.numpy(), centres) <= fitted.inertia_ + 1e-9
+        best = min(
+            squares(scores.numpy(), (part.mean(), rest.mean()))
+            for k in range(1, n)
+            for part, rest in [scores.sort().values.tensor_split([k])]
+        )
+        assert squares(scores.numpy(), centres) == pytest.approx(best, abs=1e-12)
+
+
+def test_two_means_equals_kmeans_where_groups_are_apart():
+    g = np.random.default_rng(0)
+    scores = np.concatenate([g.normal(0.2, 0.02, 40), g.normal(0.8, 0.02, 25)])
+    fitted = np.sort(
+        KMeans(2, n_init=3, random_state=0).fit(scores[:, None]).cluster_centers_[:, 0]
+    )
+    high, low = two_means(torch.from_numpy(scores))
+    assert [low.item(), high.item()] == pytest.approx(fitted, abs=1e-9)
+
+
+def test_many_pools_at_once_are_the_single_pools():
+    scores, valid = torch.rand(4, 30), torch.rand(4, 30) > 0.4
+    high, low = two_means(scores, valid)
+    for pool in range(4):
+        one = two_means(scores[pool][valid[pool]])
+        assert torch.allclose(torch.stack([high[pool], low[pool]]), torch.stack(one), atol=1e-12)
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=3, max_size=30), st.randoms())
+def test_thresholds_do_not_depend_on_the_order(values, random):
+    mixed = values.copy()
+    random.shuffle(mixed)
+    high, low = dual_threshold(torch.tensor(values))
+    assert (high, low) == dual_threshold(torch.tensor(mixed))
+    assert 0 <= low <= high <= 1
+    assert high == math.floor(high * 100 + 0.5) / 100
+
+
+@pytest.mark.parametrize("value", [0.29, 0.57, 0.58, 1.0, 0.0, 1e-5, 0.995, 0.28999])
+def test_equal_scores_give_equal_thresholds_cut_to_two_decimals(value):
+    expected = math.floor(round(value * 1e6) / 1e4) / 100
+    for dtype in (torch.float32, torch.float64):
+        assert dual_threshold(torch.full((7,), value, dtype=dtype)) == (expected, expected)
+
+
+def test_two_scores_or_fewer_give_the_default():
+    assert dual_threshold(torch.tensor([0.1, 0.9])) == (0.99, 0.99)
+    assert dual_threshold(torch.tensor([]), (0.95, 0.9)) == (0.95, 0.9)
+    assert dual_threshold(torch.tensor([0.1, 0.2, 0.9])) == (0.9, 0.15)
+
+
+@settings(deadline=None)
+@given(SEEDS)
+def test_levels_partition_and_never_fall_when_scores_rise(seed):
+    g = torch.Generator().manual_seed(seed)
+    thresholds = torch.rand(3, 3, 2, generator=g).sort(-1, descending=True).values / 1.5
+    scores, labels = torch.rand(100, 3, generator=g), torch.randint(3, (100,), generator=g)
+    counts = torch.randint(0, 12, (100,), generator=g)
+    level, weight = split_supervision(scores, labels, thresholds, counts, no_middle=(1,))
+    assert set(level.tolist()) <= {0, 1, 2}
+    for i in range(100):
+        above = [bool((scores[i] > thresholds[labels[i], :, k]).all()) for k in (0, 1)]
+        high = above[0] and counts[i] > 5
+        middle = above[1] and not high and labels[i] != 1
+        assert level[i] == (2 if high else int(middle))
+    assert (weight[level == 2] == 1).all() and (weight[level == 0] == 0).all()
+    soft = level == 1
+    assert torch.allclose(weight[soft], (scores[:, 0] * scores[:, 1])[soft])
+    assert ((weight[soft] > 0) & (weight[soft] <= 1)).all()
+    raised = scores + (1 - scores) * torch.rand(100, 3, generator=g)
+    assert (split_supervision(raised, labels, thresholds, counts, 5, (1,))[0] >= level).all()
+
+
+# ---------------------------------------------------------------- shuffles
+
+
+def test_areas_are_numbered_counter_clockwise_from_far_right():
+    expected = [[35.2, 70.4, -40, 0], [35.2, 70.4, 0, 40], [0, 35.2, 0, 40], [0, 35.2, -40, 0]]
+    assert torch.allclose(bev_areas(), torch.tensor(expected).double())
+
+
+@settings(deadline=None)
+@given(SEEDS, PERMS, st.sampled_from([torch.float32, torch.float64]))
+def test_point_shuffle_is_undone_by_the_inverse(seed, perm, dtype):
+    points = random_points(300, seed, dtype=dtype)
+    inside, inverse = points[in_range(points)], torch.tensor(perm).argsort()
+    moved = shuffle_bev_points(points, perm)
+    assert len(moved) == len(inside) and in_range(moved).all()
+    assert torch.equal(moved[:, 2:], inside[:, 2:])
+    assert torch.allclose(shuffle_bev_points(moved, inverse), inside, atol=1e-5, rtol=0)
+    # Each point keeps its place within its area, and goes to the area that perm names.
+    areas = bev_areas().to(dtype)
+
+    def area_of(p):
+        hits = (p[:, :1] >= areas[:, 0]) & (p[:, :1] < areas[:, 1])
+        hits &= (p[:, 1:2] >= areas[:, 2]) & (p[:, 1:2] < areas[:, 3])
+        assert (hits.sum(1) == 1).all()
+        return hits.int().argmax(1)
+
+    before, after = area_of(inside), area_of(moved)
+    assert torch.equal(torch.tensor(perm)[before], after)
+    from_corner = [p[:, :2] - areas[a][:, 0::2] for p, a in ((inside, before), (moved, after))]
+    assert torch.allclose(*from_corner, atol=1e-5)
+    assert torch.equal(shuffle_bev_points(points, [0, 1, 2, 3]), inside)
+
+
+def test_points_at_the_edge_of_an_area_stay_in_their_new_area():
+    edge = np.nextafter(np.float32(35.2), np.float32(0))
+    top = np.nextafter(np.float32(0), np.float32(-1))
+    points = torch.tensor([[edge, top, 0.0], [edge, 39.999996, 0], [70.39999, top, 0], [0, -40, 0]])
+    for perm in ALL_PERMS:
+        moved = shuffle_bev_points(points, perm)
+        assert len(moved) == 4 and len(shuffle_bev_points(moved, [3, 2, 1, 0])) == 4
+        back = shuffle_bev_points(moved, torch.tensor(perm).argsort())
+        assert torch.allclose(back, points, atol=1e-5)
+
+
+def test_a_batch_of_clouds_keeps_its_shape_and_drops_by_nan():
+    points = random_points(600, 1).view(3, 200, 4)
+    perms = torch.tensor([[0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0]])
+    moved = shuffle_bev_points(points, perms)
+    assert moved.shape == points.shape
+    assert torch.equal(moved.isnan().all(-1), ~in_range(points))
+    for cloud, perm, own in zip(points, perms, moved, strict=True):
+        assert torch.equal(own[~own.isnan().any(-1)], shuffle_bev_points(cloud, perm))
+    shared = shuffle_bev_points(points, perms[1])
+    assert torch.equal(
+        shared[2].nan_to_num(-1), shuffle_bev_points(points[2:], perms[1])[0].nan_to_num(-1)
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, PERMS, st.integers(1, 6), st.integers(1, 6))
+def test_rasterising_commutes_with_shuffling(seed, perm, half_rows, half_columns):
+    rows, columns = 2 * half_rows, 2 * half_columns
+    x_range, y_range = (0.0, float(columns)), (-float(half_rows), float(half_rows))
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(columns, (80,), generator=g) + 0.5
+    y = torch.randint(rows, (80,), generator=g) + 0.5 - half_rows
+    points = torch.stack([x, y, torch.rand(80, generator=g)], dim=1).double()
+    plain = rasterise(points, (rows, columns), x_range, y_range)
+    assert plain.sum() == 80
+    moved = shuffle_bev_points(points, perm, x_range, y_range)
+    there = shuffle_bev_map(plain[None, None], perm)
+    assert torch.equal(rasterise(moved, (rows, columns), x_range, y_range), there[0, 0])
+    # And sparse indices of the shuffled map go back to the plain one.
+    cells = there[:, 0].nonzero().int()
+    home = unshuffle_bev_indices(cells, perm, (rows, columns)).long()
+    assert torch.equal(plain[home[:, 1], home[:, 2]], there[:, 0][tuple(cells.long().T)])
+
+
+def test_rasterise_counts_what_is_in_range_and_adds_values():
+    points = torch.tensor(
+        [[0.5, 0.5, 0], [0.6, 0.6, 0], [3.9999, 1.5, 0], [4, 0, 0], [torch.nan] * 3]
+    )
+    counts = rasterise(points, (2, 4), (0, 4), (0, 2))
+    assert counts.tolist() == [[2, 0, 0, 0], [0, 0, 0, 1]]
+    values = torch.tensor([1.0, 2, 3, 4, torch.nan])
+    assert rasterise(points, (2, 4), (0, 4), (0, 2), values).tolist() == [
+        [3, 0, 0, 0],
+        [0, 0, 0, 3],
+    ]
+
+
+@settings(deadline=None)
+@given(SEEDS, st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
+def test_map_shuffle_moves_blocks_and_is_exactly_undone(seed, batch, half_rows, half_columns):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 999, (batch, 3, 2 * half_rows, 2 * half_columns), generator=g)
+    perms = random_quadrants(batch, g)
+    moved = shuffle_bev_map(x, perms)
+    assert torch.equal(unshuffle_bev_map(moved, perms), x)
+    assert torch.equal(shuffle_bev_map(unshuffle_bev_map(x, perms), perms), x)
+    low, high = slice(None, half_rows), slice(half_rows, None)
+    near, far = slice(None, half_columns), slice(half_columns, None)
+    blocks = [(low, far), (high, far), (high, near), (low, near)]
+    for own, after, perm in zip(x, moved, perms, strict=True):
+        for area, target in enumerate(perm.tolist()):
+            assert torch.equal(own[:, *blocks[area]], after[:, *blocks[target]])
+        assert torch.equal(shuffle_bev_map(own[None], perm)[0], after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool])
+def test_map_shuffle_of_any_type_and_layout(dtype):
+    x = torch.randint(0, 2, (2, 3, 6, 8)).to(dtype).to(memory_format=torch.channels_last)
+    perm = [1, 2, 3, 0]
+    assert torch.equal(unshuffle_bev_map(shuffle_bev_map(x, perm), perm), x)
+    assert torch.equal(shuffle_bev_map(x, range(4)), x)
+
+
+def test_map_shuffle_has_the_gradient_of_a_permutation():
+    x = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    perms = torch.tensor([[1, 0, 3, 2], [2, 0, 3, 1]])
+    assert torch.autograd.gradcheck(lambda x: shuffle_bev_map(x, perms), x)
+    assert torch.autograd.gradcheck(lambda x: unshuffle_bev_map(x, perms), x)
+
+
+@settings(deadline=None, max_examples=25)
+@given(SEEDS, st.sampled_from([torch.int32, torch.int64]))
+def test_sparse_indices_of_a_batch_agree_with_maps(seed, dtype):
+    g = torch.Generator().manual_seed(seed)
+    perms = random_quadrants(3, g)
+    dense = torch.rand(3, 5, 6, 8, generator=g) * (torch.rand(3, 5, 6, 8, generator=g) > 0.7)
+    moved = shuffle_bev_map(dense, perms)
+    cells = moved.nonzero()  # (scene, z, y, x)
+    home = unshuffle_bev_indices(cells.to(dtype), perms, (5, 6, 8))
+    assert home.dtype == dtype and torch.equal(home[:, :2].long(), cells[:, :2])
+    assert torch.equal(dense[tuple(home.long().T)], moved[tuple(cells.T)])
+    assert torch.equal(unshuffle_bev_indices(cells, [0, 1, 2, 3], (5, 6, 8)), cells)
+
+
+@pytest.mark.parametrize("perm", ALL_PERMS)
+def test_pointwise_backbones_do_not_notice_and_3x3_differ_on_the_seam(perm):
+    x = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    pointwise, conv = nn.Conv2d(3, 4, 1).double(), nn.Conv2d(3, 4, 3, padding=1).double()
+    there_and_back = [
+        unshuffle_bev_map(layer(shuffle_bev_map(x, perm)), perm) for layer in (pointwise, conv)
+    ]
+    assert torch.allclose(there_and_back[0], pointwise(x), atol=1e-12)
+    differs = ((there_and_back[1] - conv(x)).abs() > 1e-12).any(1)
+    mask = seam(perm, (8, 12))
+    assert torch.equal(differs[0], mask) and torch.equal(differs[1], mask)
+    band = torch.ones(8, 12, dtype=torch.bool)
+    for rows in (slice(1, 3), slice(5, 7)):
+        for columns in (slice(1, 5), slice(7, 11)):
+            band[rows, columns] = False
+    assert not (mask & ~band).any()
+
+
+def test_the_full_border_band_is_attained_by_one_permutation():
+    masks = torch.stack([seam(perm, (8, 8)) for perm in ALL_PERMS])
+    assert (masks.flatten(1).sum(1) == 64 - 4 * 4).sum() == 1
+    assert not masks[0].any()
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_seam_of_stacked_convolutions(k):
+    layers = nn.Sequential(*(nn.Conv2d(2, 2, 3, padding=1) for _ in range(k))).double()
+    x = torch.randn(1, 2, 16, 16, dtype=torch.float64)
+    for perm in ALL_PERMS[1::5]:
+        back = unshuffle_bev_map(layers(shuffle_bev_map(x, perm)), perm)
+        differs = ((back - layers(x)).abs() > 1e-12).any(1)[0]
+        assert torch.equal(differs, seam(perm, (16, 16), k))
+
+
+def test_random_quadrants_are_uniform_and_repeatable():
+    drawn = random_quadrants(24_000, torch.Generator().manual_seed(0))
+    codes = (drawn * torch.tensor([64, 16, 4, 1])).sum(1).unique(return_counts=True)[1]
+    assert len(codes) == 24 and ((codes - 1000).abs() < 150).all()
+    state = torch.get_rng_state()
+    assert random_quadrants(generator=torch.Generator()).shape == (4,)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("plain_python")
+def test_maps_and_clouds_compile_without_graph_breaks():
+    x, perms = torch.randn(2, 3, 6, 8), torch.tensor([[1, 0, 3, 2], [2, 0, 3, 1]])
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    for function in (shuffle_bev_map, unshuffle_bev_map):
+        assert torch.equal(compiled(function)(x, perms), function(x, perms))
+    points = random_points(100, 3)
+    batch = compiled(shuffle_bev_points)(points.view(2, 50, 4), perms)
+    expected = shuffle_bev_points(points.view(2, 50, 4), perms)
+    assert torch.equal(batch.nan_to_num(-1), expected.nan_to_num(-1))
+    boxes = random_boxes(6).float()
+    assert torch.allclose(compiled(rotated_iou_bev)(boxes, boxes), rotated_iou_bev(boxes, boxes))
+    assert torch.equal(compiled(points_in_boxes)(points, boxes), points_in_boxes(points, boxes))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rotated_iou_bev(boxes, boxes), rotated_iou_bev(boxes, boxes))
+        assert torch.equal(shuffle_bev_map(x, perms), compiled(shuffle_bev_map)(x, perms))
+
+
+@pytest.mark.usefixtures("plain_python")
+def test_dropping_points_compiles_where_sizes_may_depend_on_data():
+    points = random_points(100, 4)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(shuffle_bev_points, fullgraph=True, backend="aot_eager")
+        moved = compiled(points, torch.tensor([2, 0, 3, 1]))
+    assert torch.equal(moved, shuffle_bev_points(points, [2, 0, 3, 1]))
+
+
+# ---------------------------------------------------------------- teacher
+
+
+def test_share_that_the_teacher_keeps():
+    assert ema_keep(0) == 0.5
+    assert ema_keep(1000) == pytest.approx(0.7498)
+    assert ema_keep(1999) < ema_keep(2000) == ema_keep(10**6) == 0.9996
+    assert ema_keep(0, ramp=0) == 0.9996
+
+
+def test_the_whole_state_is_averaged_and_integers_are_copied():
+    student, teacher = (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(2))
+    student(torch.randn(8, 3))
+    before = copy.deepcopy(teacher.state_dict())
+    ema_update(teacher, student, step=1000)
+    for name, value in teacher.state_dict().items():
+        new = student.state_dict()[name]
+        expected = 0.7498 * before[name] + 0.2502 * new if new.is_floating_point() else new
+        assert torch.allclose(value.double(), expected.double(), atol=1e-6), name
+    assert teacher[1].num_batches_tracked == 1
+    for value in teacher.parameters():
+        assert value.requires_grad
+
+
+def test_tied_weights_move_once():
+    def tied():
+        first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        second.weight = first.weight
+        return nn.Sequential(first, second)
+
+    student, teacher = tied(), tied()
+    expected = (teacher[0].weight + student[0].weight) / 2
+    ema_update(teacher, student, step=0)
+    assert torch.allclose(teacher[1].weight, expected)
+
+
+# ---------------------------------------------------------------- trainer
+
+
+class Fixed(nn.Module):
+    """A detector with given boxes, which records what it is taught."""
+
+    def __init__(self, kept: Detections, candidates: Detections | None = None):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.norm = nn.BatchNorm1d(1)
+        self.kept, self.candidates = kept, candidates or kept
+        self.seen, self.taught = [], []
+
+    def detect(self, points):
+        assert not self.training
+        self.seen.append(points)
+        scenes = len(points)
+        return tuple(
+            Detections(*(x[:scenes] for x in found)) for found in (self.kept, self.candidates)
+        )
+
+    def loss(self, points, targets, perm):
+        assert self.training
+        self.taught.append((points, targets, perm))
+        return {"bias": (self.bias - 1).square(), "none": 0 * self.bias}
+
+
+def row(x, y, *scores):
+    return [x, y, 0, 4, 2, 2, 0], scores
+
+
+def detections(*rows, scenes=2):
+    boxes, scores = zip(*rows, strict=True)
+    boxes = torch.tensor(boxes, dtype=torch.float32).repeat(scenes, 1, 1)
+    scores = torch.tensor(scores, dtype=torch.float32).repeat(scenes, 1, 1)
+    return Detections(boxes, torch.zeros(boxes.shape[:2], dtype=torch.long), scores)
+
+
+def unmoved(points, generator=None):
+    return points, lambda boxes: boxes
+
+
+KEPT = detections(
+    row(10, 0, 0.9, 0.8), row(20, 0, 0.6, 0.5), row(30, 0, 0.3, 0.9), row(40, 0, 0, 0)
+)
+CANDIDATES = detections(
+    row(10, 0.5, 0.5, 0.5), row(30, 0, 0.3, 0.9), row(50, 0, 0.12, 0.1), row(60, 0, 0.09, 0.9)
+)
+THRESHOLDS = torch.tensor([[[0.8, 0.4], [0.7, 0.4], [0.9, 0.5]]])
+
+
+def fixed_trainer(kept=KEPT, candidates=CANDIDATES, **options):
+    student, teacher = Fixed(kept, candidates), Fixed(kept, candidates)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    options = dict(second_view=unmoved, generator=torch.Generator().manual_seed(0)) | options
+    return HSSDATrainer(student, teacher, optimizer, THRESHOLDS.clone(), **options)
+
+
+def scene_points(scenes=2):
+    """Six points around each of six places."""
+    places = torch.tensor([[x, 0.0, 0, 1] for x in (10.0, 20, 30, 40, 50, 60)])
+    points = places.repeat_interleave(6, 0) + torch.randn(36, 4) * 0.1
+    return points.repeat(scenes, 1, 1)
+
+
+def annotated(*rows, scenes=2):
+    found = detections(*rows, scenes=scenes)
+    return Targets(found.boxes, found.labels, found.scores[..., 0])
+
+
+def test_levels_of_a_step_weights_and_doubtful_boxes():
+    trainer = fixed_trainer()
+    targets, doubtful = trainer.pseudo_labels(scene_points())
+    assert targets.weights[0].tolist() == pytest.approx([0.72, 0.3, 0, 0])
+    # Overlapping what is taught, or unlikely: not doubtful. Padding is NaN.
+    assert doubtful[0, :, 0].isnan().tolist() == [True, False, False, True]
+    hard, _ = fixed_trainer(soft=False).pseudo_labels(scene_points())
+    assert hard.weights[0].tolist() == [1, 1, 0, 0]
+
+
+def test_boxes_that_overlap_an_annotation_are_dropped():
+    trainer, mined = fixed_trainer(), annotated(row(11, 0.2, 1.0), row(20, 0, 0.0))
+    targets, doubtful = trainer.pseudo_labels(scene_points(), mined)
+    assert targets.weights[0].tolist() == pytest.approx([1, 0, 0, 0.3, 0, 0])
+    assert torch.equal(targets.boxes[:, :2], mined.boxes)
+    assert doubtful[0, :, 0].isnan().tolist() == [True, False, False, True]
+
+
+def test_a_box_that_is_not_found_again_is_not_taught():
+    def lost(points, generator=None):
+        return points, lambda boxes: boxes + torch.tensor([0, 30.0, 0, 0, 0, 0, 0])
+
+    trainer = fixed_trainer(second_view=lost)
+    found, _ = trainer.detect(scene_points())
+    assert (found.scores[..., 2] == 0).all()
+    assert (trainer.pseudo_labels(scene_points())[0].weights == 0).all()
+
+
+def test_a_step_removes_and_shuffles_unlabelled_scenes_only():
+    trainer = fixed_trainer()
+    labelled = (scene_points(3)[:, :20], annotated(row(10, 0, 1.0), scenes=3))
+    clean = scene_points()
+    losses = trainer.step(labelled, (clean, None))
+    assert set(losses) == {"bias", "none", "loss"} and losses["loss"] == 1
+    points, targets, perm = trainer.student.taught[0]
+    assert perm.shape == (5, 4) and torch.equal(perm[:3], torch.arange(4).expand(3, 4))
+    assert torch.equal(points[:3, :20], labelled[0]) and points[:3, 20:].isnan().all()
+    gone = points[3:].isnan().any(-1)
+    expected = torch.tensor([x in (30, 50) for x in (10, 20, 30, 40, 50, 60)])
+    assert torch.equal(gone[0], expected.repeat_interleave(6))
+    assert targets.boxes.shape == (5, 4, 7) and (targets.weights[:3, 1:] == 0).all()
+    for seen in trainer.teacher.seen:  # the teacher sees clean scenes
+        assert torch.equal(seen, clean)
+    assert trainer.steps == 1 and trainer.teacher.bias.item() == pytest.approx(0.2 * ema_share(1))
+    assert torch.equal(clean, clean.nan_to_num(-1))  # in place nothing was changed
+
+
+def ema_share(step, keep=0.999):
+    return 1 - ema_keep(step, keep)
+
+
+def test_options_switch_shuffle_and_removal_off():
+    trainer = fixed_trainer(shuffle=False, remove=False)
+    trainer.step((scene_points(), annotated(row(10, 0, 1.0))), (scene_points(), None))
+    points, _, perm = trainer.student.taught[0]
+    assert perm is None and not points.isnan().any()
+
+
+def test_burn_in_trains_the_student_and_then_becomes_the_teacher():
+    trainer = fixed_trainer()
+    batch = (scene_points(), annotated(row(10, 0, 1.0)))
+    assert set(trainer.burn_in(batch)) == {"bias", "none", "loss"}
+    assert trainer.student.bias.item() == pytest.approx(0.2) and trainer.teacher.bias == 0
+    assert trainer.student.taught[0][2] is None
+    trainer.detect(scene_points())
+    assert trainer.teacher.bias.item() == pytest.approx(0.2)
+    assert not trainer.teacher.bias.requires_grad and trainer.steps == 0
+
+
+def test_mining_learns_thresholds_from_matches_and_asks_for_points():
+    kept = detections(
+        *(
+            row(10 * i, 0, s, r)
+            for i, s, r in ((1, 0.9, 0.8), (2, 0.88, 0.81), (3, 0.5, 0.4), (4, 0.3, 0.3))
+        )
+    )
+    trainer = fixed_trainer(kept, kept)
+    # In the labelled scenes three are matched (the third by 0.6), the fourth is not annotated.
+    labelled = (scene_points(), annotated(row(10, 0, 1.0), row(20, 0, 1.0), row(31, 0, 1.0)))
+    bare = scene_points()
+    bare[1, 1:6] = torch.nan  # the second scene has but one point left in the first box
+    mined = trainer.mine(labelled, (bare, None), batch_size=1)
+    confidence, objectness, consistency = trainer.thresholds[0].tolist()
+    assert confidence == pytest.approx([0.89, 0.5]) and objectness == pytest.approx([0.8, 0.4])
+    assert consistency == pytest.approx([1, 1])  # every pair is perfect
+    assert (mined.weights == 0).all()  # nothing exceeds a consistency of one
+    trainer.thresholds[0, 2] = 0.5
+    level, _ = split_supervision(
+        torch.tensor([[0.9, 0.805, 1.0]]), torch.zeros(1).long(), trainer.thresholds
+    )
+    assert level == 2
+
+
+def test_mining_needs_more_than_five_points_and_scores_above_high():
+    def less_well(points, generator=None):
+        """Each place is found again half a metre aside, the second view's later boxes more so."""
+        return points, lambda boxes: boxes + 0.1 * (boxes[..., :1] == 20) * torch.eye(7)[1]
+
+    rows = ((1, 0.95, 0.9), (2, 0.94, 0.89), (3, 0.3, 0.2), (4, 0.2, 0.2))
+    kept = detections(*(row(10 * i, 0, s, r) for i, s, r in rows))
+    trainer = fixed_trainer(kept, kept, second_view=less_well)
+    scenes = scene_points()
+    scenes[1, 1:6] = torch.nan  # one point is left in the first box of the second scene
+    # Annotated are the second to fourth: the first is found perfectly again, the second by 0.9.
+    known = (scene_points(), annotated(*(row(10 * i, 0, 1.0) for i in (2, 2, 3, 4))))
+    mined = trainer.mine(known, (scenes, None))
+    assert trainer.thresholds[0, 0].tolist() == pytest.approx([0.94, 0.25])
+    assert trainer.thresholds[0, 2].tolist() == pytest.approx([1.0, 0.9])
+    assert (mined.weights == 0).all()  # a perfect overlap does not exceed 1
+    trainer.thresholds = trainer.thresholds.clone()
+    levels, _ = split_supervision(
+        torch.tensor([[0.95, 0.9, 1.0]] * 2),
+        torch.zeros(2, dtype=torch.long),
+        trainer.thresholds - torch.tensor([0, 0, 0.05])[:, None],
+        inside_boxes(scenes, kept.boxes).sum(-2)[:, 0],
+    )
+    assert levels.tolist() == [2, 1]
+
+
+def test_too_few_matches_give_the_defaults():
+    trainer = fixed_trainer()
+    nothing = annotated(row(70, 30, 1.0))
+    mined = trainer.mine((scene_points(), nothing), (scene_points(), nothing))
+    assert trainer.thresholds[0].tolist() == [
+        pytest.approx([0.99, 0.99]), pytest.approx([0.95, 0.95]), pytest.approx([0.93, 0.93])
+    ]  # fmt: skip
+    assert (mined.weights == 0).all() and len(mined.boxes) == 2
+
+
+def small_detector(**options):
+    torch.manual_seed(0)
+    anchors = [[0, 4, 2, 2], [0, 3, 3, 2]]
+    return BEVDetector(anchors, (32, 32), (0.0, 32.0), (-16.0, 16.0), width=8, **options)
+
+
+def small_scenes(scenes=3):
+    g = torch.Generator().manual_seed(1)
+    boxes = torch.zeros(scenes, 3, 7)
+    boxes[..., 0] = torch.tensor([6.0, 16, 26]) + torch.rand(scenes, 3, generator=g)
+    boxes[..., 1] = torch.tensor([-8.0, 0, 8]) + torch.rand(scenes, 3, generator=g)
+    boxes[..., 3:6] = torch.tensor([4.0, 2, 2])
+    points = boxes[..., None, :3] + (torch.rand(scenes, 3, 30, 3, generator=g) - 0.5) * 2
+    points = torch.cat([points.flatten(1, 2), torch.rand(scenes, 90, 1, generator=g)], dim=-1)
+    points[:, -5:] = torch.nan
+    labels = torch.tensor([0, 0, 0]).expand(scenes, 3).contiguous()
+    return points, Targets(boxes, labels, torch.ones(scenes, 3))
+
+
+def test_training_with_the_real_detector_runs_and_resumes():
+    def build():
+        student = small_detector()
+        optimizer = torch.optim.AdamW(student.parameters(), 2e-3)
+        thresholds = torch.full((2, 3, 2), 0.3)
+        g = torch.Generator().manual_seed(0)
+        return HSSDATrainer(student, copy.deepcopy(student), optimizer, thresholds, generator=g)
+
+    trainer, scenes = build(), small_scenes()
+    losses = [trainer.burn_in(scenes)["loss"].item() for _ in range(60)]
+    assert losses[-1] < 0.2 * losses[0]
+    found, _ = trainer.detect(scenes[0])
+    assert trainer.student.training and not trainer.teacher.training
+    best = found.boxes[torch.arange(3), found.scores[..., 0].argmax(1)]
+    assert (rotated_iou_bev(best[:, None], scenes[1].boxes).amax(-1) > 0.5).all()
+    mined = trainer.mine(scenes, (scenes[0], None), batch_size=2)
+    trainer.step(scenes, (scenes[0], mined))
+    other = build()
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    other.generator.set_state(trainer.generator.get_state())
+    first, second = (t.step(scenes, (scenes[0], mined))["loss"] for t in (trainer, other))
+    assert torch.equal(first, second) and other.steps == 2
+    for a, b in zip(
+        trainer.teacher.state_dict().values(), other.teacher.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_the_detector_unshuffles_what_its_backbone_saw():
+    model, (points, _) = small_detector().eval(), small_scenes()
+    perms = random_quadrants(3, torch.Generator().manual_seed(2))
+    identity = torch.arange(4).expand(3, 4)
+    assert torch.equal(model(points, identity), model(points))
+    # With a backbone that looks at single blocks, shuffled and plain scenes give equal features.
+    model.backbone = nn.Conv2d(2, 16, 4, stride=4)
+    assert torch.allclose(model(points, perms), model(points), atol=1e-5)
+
+
+def test_the_detector_reads_the_boxes_that_its_loss_wants():
+    """Outputs with the wanted values have no offset loss, and are read as the targets."""
+    model, (points, targets) = small_detector(headings=True), small_scenes()
+    targets.boxes[..., 6] = torch.tensor([0.4, -0.7, 1.2])
+    outputs = torch.full((3, 7, 8, 8), -12.0)
+    place = (targets.boxes[..., :2] - model.corner) / model.cell
+    for scene in range(3):
+        for (x, y), box in zip(place[scene].tolist(), targets.boxes[scene], strict=True):
+            column, line = int(x), int(y)
+            twice = 2 * box[6]
+            wanted = [12.0, -12, 12, x - column - 0.5, y - line - 0.5, twice.sin(), twice.cos()]
+            outputs[scene, :, line, column] = torch.tensor(wanted)
+    model.forward = lambda points, perm=None: outputs
+    losses = model.loss(points, targets)
+    assert losses["offset"] < 1e-5 and losses["heading"] < 1e-5 and losses["heat"] < 0.01
+    found, candidates = model.detect(points)
+    kept = found.scores[..., 0] > 0
+    assert (kept.sum(1) == 3).all()
+    iou = rotated_iou_bev(found.boxes, targets.boxes) * kept[..., None]
+    assert (iou.amax(1) > 0.999).all() and (candidates.scores[..., 0] > 0).sum() == 9
+
+
+def test_weights_scale_what_a_box_teaches_and_zero_is_absent():
+    model, (points, targets) = small_detector().eval(), small_scenes()
+    one = Targets(*(part[:, :1] for part in targets))
+    padded = targets._replace(weights=torch.tensor([[1.0, 0, 0]] * 3))
+    half = one._replace(weights=one.weights / 2)
+    losses = {
+        name: model.loss(points, t) for name, t in (("one", one), ("pad", padded), ("half", half))
+    }
+    for name, value in losses["one"].items():
+        assert torch.allclose(value, losses["pad"][name])
+    assert torch.allclose(losses["half"]["offset"], losses["one"]["offset"] / 2)
+    assert losses["half"]["heat"] < losses["one"]["heat"]
+    empty = Targets(*(part[:, :0] for part in targets))
+    assert torch.isfinite(sum(model.loss(points, empty).values()))
+    outside = one._replace(boxes=one.boxes + 100)
+    assert torch.allclose(model.loss(points, outside)["heat"], model.loss(points, empty)["heat"])
+
+
+@pytest.mark.usefixtures("plain_python")
+def test_the_detector_compiles_runs_under_autocast_and_in_double():
+    model, (points, targets) = small_detector().eval(), small_scenes()
+    perms = random_quadrants(3, torch.Generator().manual_seed(2))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(points, perms), model(points, perms), atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(points, perms).dtype == torch.bfloat16
+        assert torch.isfinite(sum(model.loss(points, targets, perms).values()))
+    double = copy.deepcopy(model).double()
+    assert double(points.double(), perms).dtype == torch.float64
+    assert torch.allclose(double(points.double()).float(), model(points), atol=1e-4)
+
+
+def test_detector_state_round_trip():
+    model, other = small_detector(), small_detector()
+    nn.init.normal_(other.head.weight)
+    other.load_state_dict(model.state_dict())
+    points, _ = small_scenes()
+    assert torch.equal(model(points), other(points))
+
+
+# ---------------------------------------------------------------- KITTI
+
+
+def write_scene(folder, frame, cloud, lines):
+    for name in ("velodyne", "calib", "label_2"):
+        (folder / name).mkdir(exist_ok=True)
+    cloud.numpy().astype(np.float32).tofile(folder / "velodyne" / f"{frame}.bin")
+    numbers = {
+        "P2": "700 0 600 0 0 700 180 0 0 0 1 0",
+        "R0_rect": "1 0 0 0 1 0 0 0 1",
+        "Tr_velo_to_cam": "0 -1 0 0.1 0 0 -1 -0.2 1 0 0 -0.3",
+    }
+    text = "\n".join(f"{name}: {values}" for name, values in numbers.items())
+    (folder / "calib" / f"{frame}.txt").write_text(text + "\n\n")
+    (folder / "label_2" / f"{frame}.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_reading_a_folder_in_the_format_of_kitti(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    car = torch.rand(200, 4, generator=g) * torch.tensor([3.8, 1.6, 1.5, 1.0])
+    car = car + torch.tensor([18.1, 1.2, -1.75, 0])  # centre (20, 2, -1)
+    behind, aside = torch.tensor([[-10.0, 0, 0, 1]]), torch.tensor([[5.0, 30, 0, 1]])
+    # camera x = -y + 0.1, y = -z - 0.2 (bottom), z = x - 0.3; heading 0 is ry = -90 degrees
+    line = "Car 0 0 0 1 2 3 4 1.6 1.8 4.0 -1.9 1.6 19.7 -1.5707963"
+    write_scene(
+        tmp_path, "000001", torch.cat([car, behind, aside]), [line, "DontCare" + " -1" * 14]
+    )
+    write_scene(tmp_path, "000002", car[:50], ["Pedestrian" + line[3:], line])
+    write_scene(tmp_path, "000003", car[:9], [])
+    points, boxes, labels = read_kitti_scene(tmp_path, "000001")
+    assert len(points) == 200 and labels.tolist() == [0]
+    assert boxes[0].tolist() == pytest.approx([20, 2, -1, 4, 1.8, 1.6, 0], abs=1e-5)
+    assert (points_in_boxes(points, boxes) == 0).all()
+    clouds, targets = read_kitti(tmp_path, ["000001", "000002", "000003"])
+    assert clouds.shape == (3, 200, 4) and clouds[1, 50:].isnan().all()
+    assert targets.weights.tolist() == [[1, 0], [1, 1], [0, 0]]
+    assert targets.labels[1].tolist() == [1, 0]
+    moved = shuffle_bev_points(clouds, random_quadrants(3, g))
+    assert (moved.isnan() == clouds.isnan()).all()
+    with pytest.raises(FileNotFoundError):
+        read_kitti_scene(tmp_path, "000004")
+
+
+# ---------------------------------------------------------------- bad input
+
+
+BOXES, POINTS = torch.zeros(2, 7), torch.zeros(3, 4)
+
+
+@pytest.mark.usefixtures("plain_python")
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda: rotated_iou_bev(BOXES[:, :6], BOXES), r"boxes_a must be \(n, 7\)"),
+            (lambda: rotated_iou_bev(BOXES, BOXES[0]), r"boxes_b must be \(n, 7\).*got \(7,\)"),
+            (lambda: points_in_boxes(POINTS, BOXES[:, :5]), r"boxes must be \(n, 7\)"),
+            (lambda: points_in_boxes(POINTS[:, :2], BOXES), "points must be"),
+            (lambda: remove_points(POINTS, BOXES[0]), r"boxes must be \(n, 7\)"),
+            (lambda: nms_bev(BOXES[:, :4], torch.ones(2)), r"boxes must be \(n, 7\)"),
+            (lambda: transform_boxes(BOXES[0]), r"boxes must be \(n, 7\)"),
+            (lambda: transform_boxes(BOXES, scale=0.0), "scale must be positive, got 0"),
+            (lambda: consistency_score(BOXES, BOXES, {"turn": 1}), "flip_y, rotation and scale"),
+            (lambda: consistency_score(BOXES[:, :6], BOXES, {}), r"boxes must be \(n, 7\)"),
+            (lambda: global_view(torch.zeros(2, 5, 2)), "points must be"),
+            (lambda: dual_threshold(torch.tensor([0.1, 1.2, 0.3])), r"scores must be in \[0, 1\]"),
+            (lambda: dual_threshold(torch.tensor([0.1, torch.nan, 0.3])), r"in \[0, 1\]"),
+            (lambda: dual_threshold(torch.rand(3, 2)), r"scores must be \(n,\)"),
+            (
+                lambda: split_supervision(torch.rand(2, 3) - 1, torch.zeros(2).long(), THRESHOLDS),
+                r"scores must be in \[0, 1\]",
+            ),
+            (
+                lambda: split_supervision(torch.rand(2, 2), torch.zeros(2).long(), THRESHOLDS),
+                r"scores must be \(n, 3\)",
+            ),
+            (
+                lambda: split_supervision(torch.rand(2, 3), torch.ones(2).long(), THRESHOLDS),
+                r"labels must be in 0\.\.0",
+            ),
+            (
+                lambda: split_supervision(
+                    torch.rand(2, 3), torch.zeros(2).long(), THRESHOLDS.flip(-1)
+                ),
+                "high >= low",
+            ),
+            (
+                lambda: split_supervision(torch.rand(2, 3), torch.zeros(2).long(), THRESHOLDS[0]),
+                r"thresholds must be \(classes, 3 scores",
+            ),
+            (lambda: bev_areas(n=3), "n must be 2"),
+            (lambda: bev_areas((1, 1)), "ranges must be"),
+            (lambda: shuffle_bev_points(POINTS, [0, 1, 2, 2]), r"permutation of 0\.\.3"),
+            (lambda: shuffle_bev_points(POINTS, [1, 2, 3, 4]), r"permutation of 0\.\.3"),
+            (lambda: shuffle_bev_points(POINTS, [0, 1, 2]), r"\(4,\) or \(batch, 4\)"),
+            (lambda: shuffle_bev_points(POINTS, torch.rand(4)), "integers"),
+            (lambda: shuffle_bev_points(POINTS[:, :2], [0, 1, 2, 3]), "points must be"),
+            (lambda: shuffle_bev_points(POINTS, [[0, 1, 2, 3]] * 3), r"perm \(batch, 4\) needs"),
+            (lambda: shuffle_bev_map(torch.zeros(1, 1, 5, 4), [0, 1, 2, 3]), "must be even"),
+            (lambda: unshuffle_bev_map(torch.zeros(1, 1, 4, 5), [0, 1, 2, 3]), "must be even"),
+            (lambda: shuffle_bev_map(torch.zeros(4, 4), [0, 1, 2, 3]), r"x must be \(batch"),
+            (lambda: shuffle_bev_map(torch.zeros(2, 1, 4, 4), [[0, 1, 2, 3]] * 3), "one row a map"),
+            (lambda: shuffle_bev_map(torch.zeros(1, 1, 4, 4), [0, 0, 2, 3]), "permutation"),
+            (
+                lambda: unshuffle_bev_indices(torch.zeros(2, 3).long(), [0, 1, 2, 3], (4, 5)),
+                "must be even",
+            ),
+            (
+                lambda: unshuffle_bev_indices(torch.zeros(2, 2).long(), [0, 1, 2, 3], (4, 4)),
+                r"indices must be \(n, 3 or more\)",
+            ),
+            (
+                lambda: unshuffle_bev_indices(torch.full((2, 3), 4), [0, 1, 2, 3], (4, 4)),
+                "indices must be below",
+            ),
+            (
+                lambda: unshuffle_bev_indices(
+                    torch.tensor([[2, 0, 0]]), [[0, 1, 2, 3]] * 2, (4, 4)
+                ),
+                "indices must be below",
+            ),
+            (lambda: ema_update(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0), "same state"),
+            (
+                lambda: PseudoLabeller(nn.Linear(2, 2), THRESHOLDS),
+                "teacher must have a method detect",
+            ),
+            (
+                lambda: HSSDATrainer(nn.Linear(2, 2), Fixed(KEPT), None, THRESHOLDS),
+                "student must have a method loss",
+            ),
+            (lambda: HSSDATrainer(*[Fixed(KEPT)] * 2, None, THRESHOLDS), "model of its own"),
+            (lambda: fixed_trainer(no_such=1), "no_such"),
+            (lambda: BEVDetector([[0, 1, 1, 1]], (36, 32)), "divisible by 8"),
+        ],
+    )
+    def test_message_says_what_was_expected(self, call, message):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
