@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from .tiny_diffusion import load_weights, save_weights
+from ..foundations.arguments import may_look
 from ..foundations.training import History, MiniBatches, fit
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-009
@@ -29,8 +30,7 @@ def _check_permutation(perm: Tensor, size: int, name: str) -> None:
             f"{name} must hold {size} indices of type int64, "
             f"got shape {tuple(perm.shape)} of {perm.dtype}"
         )
-    # Looking at values would break a compiled graph, and make a GPU wait.
-    if torch.compiler.is_compiling() or perm.device.type != "cpu":
+    if not may_look(perm):
         return
     low, high = perm.aminmax()
     seen = torch.zeros(size, dtype=torch.bool)

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..foundations.arguments import may_look, require_at_least_one
 from ..foundations.training import MiniBatches, fit, pick_device
 
 # %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #cell-008
@@ -57,11 +58,6 @@ def edm_coefficients(
     return sigma_data**2 / total, sigma * sigma_data * total.rsqrt(), total.rsqrt(), sigma.log() / 4
 
 # %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #cell-018
-def _may_look(values: Tensor) -> bool:
-    """Say if a check may look at values: it would make a GPU wait, and break a compiled graph."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _as_levels(sigma: float | Tensor, x: Tensor) -> Tensor:
     """Return noise levels as (1, 1, 1, 1) or (batch, 1, 1, 1), in at least 32 bits."""
     kind = torch.promote_types(x.dtype, torch.float32)
@@ -71,7 +67,7 @@ def _as_levels(sigma: float | Tensor, x: Tensor) -> Tensor:
             f"sigma must be one number or one for each of {len(x)} images, "
             f"got shape {tuple(sigma.shape)}"
         )
-    if _may_look(sigma) and not (sigma > 0).all():
+    if may_look(sigma) and not (sigma > 0).all():
         raise ValueError(f"sigma must be positive, got {sigma.min().item():g}")
     return sigma.reshape(-1, 1, 1, 1)
 
@@ -147,7 +143,7 @@ class NoiseEmbedding(nn.Module):
                 f"label must be integers (batch,) or one-hot (batch, {classes}), "
                 f"got {label.dtype} of shape {tuple(label.shape)}"
             )
-        if _may_look(label) and len(label) and not 0 <= label.min() <= label.max() < classes:
+        if may_look(label) and not 0 <= label.min() <= label.max() < classes:
             raise ValueError(f"label must be in 0..{classes - 1}, got {label.min()}..{label.max()}")
         return F.embedding(label, self.map_label.weight.T)
 
@@ -257,10 +253,7 @@ def unet_entries(
 
 # %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #cell-035
 def _check_unet(ch, mult, num_blocks, in_channels, label_dim, resolution) -> None:
-    counts = {"ch": ch, "num_blocks": num_blocks, "in_channels": in_channels}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    require_at_least_one(ch=ch, num_blocks=num_blocks, in_channels=in_channels)
     if ch % 2:
         raise ValueError(f"ch must be even (half cosines, half sines), got {ch}")
     if label_dim < 0:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..foundations.arguments import require_at_least_one
 from ..foundations.datasets import package_docstrings
 
 # %% ../../nbs/features/02_bows.ipynb #cell-010
@@ -91,9 +92,7 @@ def _stop_words(stop_words: str | Collection[str] | None) -> frozenset[str]:
 
 
 def _check_bag(records: Sequence[str], vocab_size: int, window: int, stride: int, forced) -> None:
-    for name, value in (("vocab_size", vocab_size), ("window", window), ("stride", stride)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    require_at_least_one(vocab_size=vocab_size, window=window, stride=stride)
     if len(records) < window:
         raise ValueError(f"records must fill a window of {window}, got {len(records)} of them")
     if len(set(forced)) > vocab_size:

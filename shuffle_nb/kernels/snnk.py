@@ -19,13 +19,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 
+from ..foundations.arguments import require_at_least_one
+
 # %% ../../nbs/kernels/01_snnk.ipynb #cell-010
-def _require_at_least_one(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def _require_damping(M: float) -> None:
     if not M >= 0:
         raise ValueError(f"M must be >= 0, got {M}")
@@ -100,7 +96,7 @@ def orthogonal_gaussian(
     """
     if scaling not in ("chi", "sqrt_d"):
         raise ValueError(f"scaling must be 'chi' or 'sqrt_d', got {scaling!r}")
-    _require_at_least_one(m=m, d=d)
+    require_at_least_one(m=m, d=d)
     where = generator.device if generator is not None else device
     dtype = dtype or torch.get_default_dtype()
     wide = torch.promote_types(dtype, torch.float32)  # there is no QR in half precision
@@ -162,7 +158,7 @@ class UniversalRandomFeatures(nn.Module):
         generator: torch.Generator | None = None,  # None: a private one
     ):
         super().__init__()
-        _require_at_least_one(dim=dim, num_features=num_features)
+        require_at_least_one(dim=dim, num_features=num_features)
         _require_damping(M)
         if not balance > 0:
             raise ValueError(f"balance must be positive, got {balance}")
@@ -301,7 +297,7 @@ class ReLUFeatures(nn.Module):
         generator: torch.Generator | None = None,  # None: a private one
     ):
         super().__init__()
-        _require_at_least_one(dim=dim, num_features=num_features)
+        require_at_least_one(dim=dim, num_features=num_features)
         self.dim, self.out_features = dim, num_features
         self.constant = constant / sqrt(num_features)
         draws = _draws(num_features, dim + bias, orthogonal, _own_generator(generator))
@@ -373,7 +369,7 @@ class SNNKLinear(nn.Module):
         generator: torch.Generator | None = None,  # not the one that drew `weight`
     ):
         super().__init__()
-        _require_at_least_one(
+        require_at_least_one(
             in_features=in_features, out_features=out_features, num_features=num_features
         )
         self.in_features, self.out_features = in_features, out_features
@@ -475,7 +471,7 @@ class FullyBundled(nn.Module):
         kernel_bias: bool = False,  # let "relu" layers have biases inside the kernel
     ):
         super().__init__()
-        _require_at_least_one(in_features=in_features, out_features=out_features)
+        require_at_least_one(in_features=in_features, out_features=out_features)
         drawing = dict(orthogonal=orthogonal, generator=_own_generator(generator))
         maps, width = [], in_features
         for m in dims_m:
@@ -567,7 +563,7 @@ class SNNKAdapter(nn.Module):
         generator: torch.Generator | None = None,  # None: a private one
     ):
         super().__init__()
-        _require_at_least_one(bottleneck=1 if bottleneck is None else bottleneck)
+        require_at_least_one(bottleneck=bottleneck)
         width = dim if bottleneck is None else bottleneck
         self.down = SNNKLinear(dim, width, num_features, kind=kind, generator=generator)
         if bottleneck is None:

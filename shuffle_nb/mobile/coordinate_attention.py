@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..foundations.arguments import require_at_least_one
+
 # %% ../../nbs/mobile/02_coordinate_attention.ipynb #cell-013
 def _require_maps(x: Tensor, channels: int | None = None) -> None:
     """Say what is wrong with `x` if it is no batch of feature maps with so many channels."""
@@ -26,12 +28,6 @@ def _require_maps(x: Tensor, channels: int | None = None) -> None:
         )
     if channels is not None and x.shape[1] != channels:
         raise ValueError(f"x must have {channels} channels, got {x.shape[1]}: {tuple(x.shape)}")
-
-
-def _require_at_least_one(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
 
 # %% ../../nbs/mobile/02_coordinate_attention.ipynb #cell-014
 def is_channels_last(
@@ -94,7 +90,7 @@ class CoordinateAttention(nn.Module):
     ):
         """Raises ValueError for a number below 1, and for an unknown mode or activation."""
         super().__init__()
-        _require_at_least_one(channels=channels, reduction=reduction, min_channels=min_channels)
+        require_at_least_one(channels=channels, reduction=reduction, min_channels=min_channels)
         if mode not in ("hw", "h", "w"):
             raise ValueError(f"mode must be 'hw', 'h' or 'w', got {mode!r}")
         if activation not in ACTIVATIONS:
@@ -214,15 +210,15 @@ class CBAM(nn.Module):
 
 # %% ../../nbs/mobile/02_coordinate_attention.ipynb #cell-032
 def _hidden_units(channels: int, reduction: int, hidden: int | None) -> int:
-    _require_at_least_one(channels=channels, reduction=reduction)
+    require_at_least_one(channels=channels, reduction=reduction)
     hidden = max(1, channels // reduction) if hidden is None else hidden
-    _require_at_least_one(hidden=hidden)
+    require_at_least_one(hidden=hidden)
     return hidden
 
 # %% ../../nbs/mobile/02_coordinate_attention.ipynb #cell-034
 def _attention(name: str, channels: int, reduction: int) -> nn.Module:
     """Make an attention by name; SE and CBAM reduce less than CA, to come out at the same size."""
-    _require_at_least_one(reduction=reduction)
+    require_at_least_one(reduction=reduction)
     builders = {
         "ca": lambda: CoordinateAttention(channels, reduction),
         "se": lambda: SqueezeExcitation(channels, max(1, reduction * 3 // 4)),
@@ -261,7 +257,7 @@ class InvertedResidualCA(nn.Module):
         super().__init__()
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride}")
-        _require_at_least_one(in_channels=in_channels, out_channels=out_channels, expand=expand)
+        require_at_least_one(in_channels=in_channels, out_channels=out_channels, expand=expand)
         inside = in_channels * expand
         widen = [*conv_norm(in_channels, inside, 1), nn.ReLU6(inplace=True)]
         attend = _attention(attention, inside, reduction)
@@ -317,7 +313,7 @@ class MobileNetV2CA(nn.Module):
         super().__init__()
         if not width > 0:
             raise ValueError(f"width must be above 0, got {width}")
-        _require_at_least_one(num_classes=num_classes, in_channels=in_channels)
+        require_at_least_one(num_classes=num_classes, in_channels=in_channels)
         divisor = 4 if width == 0.1 else 8
         channels = rounded_channels(32 * width, divisor)
         layers = [*conv_norm(in_channels, channels, 3, stride=2), nn.ReLU6(inplace=True)]

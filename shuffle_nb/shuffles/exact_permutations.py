@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from ..foundations.arguments import require_at_least_one
+
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #cell-010
 def _check_bits(k: int) -> None:
     if k < 2:
@@ -331,11 +333,7 @@ class PermutationEnsemble(nn.Module):
         super().__init__()
         _check_bits(k)
         _diagonal(parametrization)
-        for name, value in (
-            ("width", width), ("num_models", num_models), ("chunk_size", chunk_size)
-        ):  # fmt: skip
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_at_least_one(width=width, num_models=num_models, chunk_size=chunk_size)
         self.k, self.width, self.num_models = k, width, num_models
         self.parametrization, self.chunk_size = parametrization, chunk_size
         drawn_on = device if generator is None else generator.device

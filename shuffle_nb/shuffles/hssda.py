@@ -22,13 +22,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from ..foundations.arguments import may_look
+
 # %% ../../nbs/shuffles/03_hssda.ipynb #cell-009
 X_RANGE, Y_RANGE = (0.0, 70.4), (-40.0, 40.0)  # metres ahead and to the left, as on KITTI
-
-
-def _can_look(values: Tensor) -> bool:
-    """Tell if values may be checked: not in a compiled graph, and not where the host would wait."""
-    return not torch.compiler.is_compiling() and values.device.type == "cpu" and values.numel() > 0
 
 
 def _check_boxes(**named: Tensor) -> None:
@@ -259,7 +256,7 @@ def global_view(
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #cell-036
 def _check_scores(scores: Tensor) -> None:
-    if _can_look(scores) and not ((scores >= 0) & (scores <= 1)).all():
+    if may_look(scores) and not ((scores >= 0) & (scores <= 1)).all():
         low, high = scores.aminmax()
         raise ValueError(f"scores must be in [0, 1], got {float(low):g} to {float(high):g}")
 
@@ -315,7 +312,7 @@ def _check_thresholds(thresholds: Tensor) -> None:
         raise ValueError(
             f"thresholds must be (classes, 3 scores, high and low), got {tuple(thresholds.shape)}"
         )
-    if _can_look(thresholds) and (thresholds[..., 0] < thresholds[..., 1]).any():
+    if may_look(thresholds) and (thresholds[..., 0] < thresholds[..., 1]).any():
         raise ValueError(f"thresholds must have high >= low, got {thresholds.tolist()}")
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #cell-042
@@ -339,7 +336,7 @@ def split_supervision(
             f"got {tuple(scores.shape)} and {tuple(labels.shape)}"
         )
     _check_scores(scores)
-    if _can_look(labels) and not ((labels >= 0) & (labels < len(thresholds))).all():
+    if may_look(labels) and not ((labels >= 0) & (labels < len(thresholds))).all():
         raise ValueError(f"labels must be in 0..{len(thresholds) - 1}, got {labels.unique()}")
     exceeds = (scores[..., None] > thresholds.to(scores)[labels]).all(-2)  # (…, n, high and low)
     high, middle = exceeds.unbind(-1)
@@ -532,7 +529,7 @@ def unshuffle_bev_indices(
         raise ValueError(f"rows and columns must be even, got {rows} and {columns}")
     if indices.ndim != 2 or indices.shape[1] < 3:
         raise ValueError(f"indices must be (n, 3 or more): scene, …, y, x; got {indices.shape}")
-    if _can_look(indices):
+    if may_look(indices):
         scenes = len(perm) if perm.ndim == 2 else int(indices[:, 0].max()) + 1
         limits = torch.tensor([scenes, rows, columns])
         found = indices[:, [0, -2, -1]]

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..foundations.arguments import require_at_least_one
+
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #cell-011
 def inverse_permutation(
     perm: Int[Tensor, " tokens"],  # a permutation of 0..T-1
@@ -388,12 +390,8 @@ class BiMamba(nn.Module):
         dt_rank: int | None = None,  # R; None: ceil(d / 16)
     ):
         super().__init__()
-        for name, value in dict(dim=dim, state=state, conv=conv, expand=expand).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_at_least_one(dim=dim, state=state, conv=conv, expand=expand, dt_rank=dt_rank)
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        if rank < 1:
-            raise ValueError(f"dt_rank must be at least 1 or None, got {dt_rank}")
         self.dim, self.inner, self.state, self.rank = dim, expand * dim, state, rank
         inner = self.inner
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
