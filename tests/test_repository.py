@@ -33,6 +33,7 @@ NUMBERED = [path for path in NOTEBOOKS if re.match(r"\d+_", path.name)]
 PAPERS = [path for path in NOTEBOOKS if is_paper(path, NBS)]
 PAGES = [TOP / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 MODULES = sorted(path for path in (TOP / "shuffle_nb").glob("*/*.py") if path.name != "__init__.py")
+WEIGHTS = sorted((TOP / "shuffle_nb").rglob("*.safetensors"))
 LAYERS = ("foundations", "runner")  # folders that are no family of papers
 
 ROOMS = [
@@ -563,6 +564,26 @@ def test_wheel_carries_every_notebook(installed, tmp_path):
     assert [entry.value for entry in entries if entry.name == "shuffle-nb"] == [
         "shuffle_nb.runner.cli:main"
     ]
+
+
+@pytest.mark.xdist_group("wheel")
+def test_wheel_carries_trained_weights(installed, tmp_path):
+    (package,) = installed.glob("lib/python*/site-packages/shuffle_nb")
+    shipped = {path.relative_to(TOP / "shuffle_nb") for path in WEIGHTS}
+    assert shipped == {path.relative_to(package) for path in package.rglob("*.safetensors")}
+    program = """
+from shuffle_nb.diffusion.relactrl import load_tiny_dit
+from shuffle_nb.diffusion.tiny_diffusion import load_tiny_edm
+print(*(not model.training for model in (load_tiny_edm(16), load_tiny_edm(8), load_tiny_dit())))
+"""
+    assert run(installed / "bin" / "python", "-c", program, cwd=tmp_path) == "True True True\n"
+
+
+def test_weights_of_a_family_are_at_most_a_megabyte():
+    sizes = {}
+    for path in WEIGHTS:
+        sizes[path.parent] = sizes.get(path.parent, 0) + path.stat().st_size
+    assert all(size <= 2**20 for size in sizes.values()), sizes
 
 
 @pytest.mark.xdist_group("wheel")

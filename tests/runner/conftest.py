@@ -60,6 +60,11 @@ def shuffle_nb(tmp_path):
     return shuffle_nb
 
 
+def listen_to_ctrl_c():
+    """Undo what a shell does to a job in the background: its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path):
     """Start the command and leave it running; its whole process group ends with the test."""
@@ -73,6 +78,7 @@ def start(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=listen_to_ctrl_c,
         )
         started.append(process)
         return process
