@@ -456,8 +456,7 @@ def edm_sigmas(
     rho: float = 7.0,  # the larger, the more of them are small
 ) -> Float[Tensor, " n_plus_1"]:  # falling, the last one is 0
     """Return the noise levels that a sampler steps through (EDM, equation 5)."""
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    require_at_least_one(n=n)
     if not 0 < smin <= smax or rho <= 0:
         raise ValueError(
             f"smin, smax and rho must obey 0 < smin <= smax and 0 < rho, "
@@ -543,23 +542,24 @@ def train_tiny_edm(
 
     The caller's random stream is untouched. Raises FloatingPointError at a loss that is not finite.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    require_at_least_one(steps=steps)
     device = pick_device(str(device))
     images = digit_images()[0] if images is None else images
     data = (images,) if labels is None else (images, labels)
     label_dim = 0 if labels is None else int(labels.max()) + 1
     shape = dict(in_channels=images.shape[1], label_dim=label_dim, resolution=images.shape[-1])
     batches = MiniBatches(*data, batch_size=batch_size, seed=seed)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    quiet = True if os.environ.get("TQDM_DISABLE") else None
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        tqdm(range(steps), desc=f"ch={ch}", unit="step", disable=quiet) as bar,
+    ):
         torch.manual_seed(seed)  # inside the fork
         model = EDMPrecond(TinyUNet(ch, mult, num_blocks, **shape)).to(device)
         averaged = copy.deepcopy(model).requires_grad_(False).eval()
         weights, averages = list(model.parameters()), list(averaged.parameters())
         adam = torch.optim.Adam(weights, lr, betas=(0.9, 0.99), fused=True)
         losses = []
-        quiet = True if os.environ.get("TQDM_DISABLE") else None
-        bar = tqdm(range(steps), desc=f"ch={ch}", unit="step", disable=quiet)
         for step in bar:
             adam.param_groups[0]["lr"] = learning_rate(step, steps, lr)
             batch = (tensor.to(device) for tensor in batches(step))

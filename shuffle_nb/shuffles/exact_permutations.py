@@ -236,8 +236,7 @@ def exact_accuracy(
 ) -> float:
     """Return the probability that the sign of the averaged output is right on all k bits."""
     _check_ones(k, n)
-    if num_models < 1:
-        raise ValueError(f"num_models must be at least 1, got {num_models}")
+    require_at_least_one(num_models=num_models)
     return math.exp(_log_accuracies(k, num_models, parametrization)[n - 1])
 
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #cell-049

@@ -110,8 +110,7 @@ def shuffle_probs(
 
     Raises ValueError for a depth below 1, a rate outside [0, 1] or an unknown schedule.
     """
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1, got {depth}")
+    require_at_least_one(depth=depth)
     _check_probability(rate, "rate")
     line = [rate * layer / max(depth - 1, 1) for layer in range(depth)]
     schedules = {
