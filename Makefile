@@ -3,6 +3,8 @@
 BIN := .venv/bin
 READY := .venv/ready
 PAPER ?= token_shuffle
+# Every test but those of the repository and of executed notebooks, which need the pinned versions.
+UNIT_TESTS = $(filter-out tests/device,$(wildcard tests/*/))
 FIND_PYTHON = for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	  "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	    >/dev/null 2>&1 && break; python=; done; \
@@ -13,7 +15,7 @@ FIND_PYTHON = for python in $(PYTHON) python3 python3.13 python3.12 python3.11; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab docs readme check constraints clean
+.PHONY: help run test lab docs readme check constraints dist floors newest clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +52,22 @@ constraints: ## pin the newest versions, torch as it is (PYTHON=the oldest suppo
 	{ grep '^#' constraints.txt; $$pip freeze --all --exclude-editable --exclude pip \
 	  | sed 's/+[^ ]*$$//' | LC_ALL=C sort -f; } > "$$folder/new"; \
 	mv "$$folder/new" constraints.txt
+
+dist: $(READY) ## build sdist and wheel into dist/, and try each in a new environment
+	@rm -rf dist build && $(BIN)/python -m build -o dist && \
+	DIST_FOLDER=dist $(BIN)/python -m pytest -q tests/test_distribution.py
+
+floors: ## unit tests with the oldest versions that settings.ini promises (in .venv-floors)
+	@set -e; $(FIND_PYTHON); [ -x .venv-floors/bin/python ] || "$$python" -m venv .venv-floors; \
+	.venv-floors/bin/python -m pip install -qq uv; \
+	.venv-floors/bin/uv pip install -q --python .venv-floors/bin/python \
+	  --resolution lowest-direct -e ".[dev]"; \
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -n 2 --dist loadgroup $(UNIT_TESTS)
+
+newest: ## all tests with the newest versions, none pinned (in .venv-newest)
+	@set -e; $(FIND_PYTHON); [ -x .venv-newest/bin/python ] || "$$python" -m venv .venv-newest; \
+	.venv-newest/bin/python -m pip install -qq --upgrade -e ".[dev]"; \
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadgroup
 
 clean: ## delete what builds leave behind (keeps .venv, runs and lab)
 	rm -rf _proc _docs build dist .pytest_cache .ruff_cache .hypothesis

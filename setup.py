@@ -35,6 +35,10 @@ setup(
     author=package["author"],
     author_email=package["author_email"],
     url=package["git_url"],
+    project_urls={
+        "Documentation": package["doc_host"] + package["doc_baseurl"],
+        "Changelog": f"{package['git_url']}/blob/{package['branch']}/CHANGELOG.md",
+    },
     license="Apache-2.0",
     keywords=package["keywords"].split(),
     classifiers=[
@@ -48,9 +52,17 @@ setup(
     python_requires=f">={package['min_python']}",
     packages=[*find_packages(include=["shuffle_nb", "shuffle_nb.*"]), *notebook_packages],
     package_dir={"shuffle_nb": "shuffle_nb", "shuffle_nb.nbs": "nbs"},
-    package_data={"": ["*.safetensors"], **{name: ["*.ipynb"] for name in notebook_packages}},
+    package_data={"": ["*.safetensors", "py.typed"], **{name: ["*.ipynb"] for name in notebook_packages}},
     install_requires=words("requirements"),
-    extras_require={"dev": words("dev_requirements"), "data": words("data_requirements")},
-    entry_points={"console_scripts": ["shuffle-nb = shuffle_nb.runner.cli:main"]},
+    extras_require={
+        "notebooks": words("notebooks_requirements"),
+        "data": words("data_requirements"),
+        "dev": words("notebooks_requirements") + words("dev_requirements"),
+    },
+    entry_points={
+        "console_scripts": ["shuffle-nb = shuffle_nb.__main__:main"],
+        # The docs find each function's source and page through this index.
+        "nbdev": ["shuffle_nb=shuffle_nb._modidx:d"],
+    },
     zip_safe=False,
 )

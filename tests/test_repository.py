@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import importlib.metadata
 import json
 import os
 import re
@@ -92,14 +91,7 @@ def project(tmp_path):
 
 def copy_project(target):
     target.mkdir()
-    for name in (
-        "settings.ini",
-        "setup.py",
-        "pyproject.toml",
-        "README.md",
-        "LICENSE",
-        "_quarto.yml",
-    ):
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "_quarto.yml"):
         shutil.copy2(TOP / name, target / name)
     skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for folder in ("nbs", "shuffle_nb"):
@@ -524,84 +516,3 @@ def test_workflows_and_ci_call_make():
         assert all(call.startswith("make ") and call[5:] in targets for call in calls)
     assert (TOP / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] == "exec make test"
     assert os.access(TOP / ".ci" / "run", os.X_OK)
-
-
-# The wheel -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A new environment that holds the wheel; it borrows this one's libraries, not this package.
-
-    A line in a .pth file puts our site-packages on the path without running the .pth files in it,
-    and so without the editable installation of the checkout.
-    """
-    folder = tmp_path_factory.mktemp("wheel")
-    source, environment = copy_project(folder / "source"), folder / "environment"
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder, cwd=source)
-    (wheel,) = folder.glob("*.whl")
-    shutil.rmtree(source)
-    run(sys.executable, "-m", "venv", "--without-pip", environment)
-    python = environment / "bin" / "python"
-    options = ["install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
-    run(sys.executable, "-m", "pip", "--python", python, *options, wheel)
-    (site,) = environment.glob("lib/python*/site-packages")
-    ours = Path(pytest.__file__).parents[1]
-    (site / "borrowed.pth").write_text(f"{ours}\n", encoding="utf-8")
-    return environment
-
-
-@pytest.mark.xdist_group("wheel")
-def test_wheel_carries_every_notebook(installed, tmp_path):
-    (package,) = installed.glob("lib/python*/site-packages/shuffle_nb")
-    assert files_of(NBS, "**/*.ipynb") == files_of(package / "nbs", "**/*.ipynb")
-    program = (
-        "import shuffle_nb, shuffle_nb.runner.cli as c; print(shuffle_nb.__file__, c.__file__)"
-    )
-    loaded = run(installed / "bin" / "python", "-c", program, cwd=tmp_path).split()
-    assert all(Path(file).is_relative_to(package) for file in loaded)
-    entries = importlib.metadata.distribution("shuffle_nb").entry_points
-    assert [entry.value for entry in entries if entry.name == "shuffle-nb"] == [
-        "shuffle_nb.runner.cli:main"
-    ]
-
-
-@pytest.mark.xdist_group("wheel")
-def test_wheel_carries_trained_weights(installed, tmp_path):
-    (package,) = installed.glob("lib/python*/site-packages/shuffle_nb")
-    shipped = {path.relative_to(TOP / "shuffle_nb") for path in WEIGHTS}
-    assert shipped == {path.relative_to(package) for path in package.rglob("*.safetensors")}
-    program = """
-from shuffle_nb.diffusion.relactrl import load_tiny_dit
-from shuffle_nb.diffusion.tiny_diffusion import load_tiny_edm
-print(*(not model.training for model in (load_tiny_edm(16), load_tiny_edm(8), load_tiny_dit())))
-"""
-    assert run(installed / "bin" / "python", "-c", program, cwd=tmp_path) == "True True True\n"
-
-
-def test_weights_of_a_family_are_at_most_a_megabyte():
-    sizes = {}
-    for path in WEIGHTS:
-        sizes[path.parent] = sizes.get(path.parent, 0) + path.stat().st_size
-    assert all(size <= 2**20 for size in sizes.values()), sizes
-
-
-@pytest.mark.xdist_group("wheel")
-def test_wheel_lists_runs_and_copies_notebooks(installed, tmp_path):
-    command = installed / "bin" / "shuffle-nb"
-    listed = run(command, "list", cwd=tmp_path, COLUMNS="200")
-    assert all(slug_of(path) in listed for path in PAPERS)
-
-    path = next(path for path in PAPERS if slug_of(path) == "token_shuffle")
-    printed = run(command, "run", slug_of(path), *quick(path), cwd=tmp_path, COLUMNS="200")
-    executed = nbformat.read(tmp_path / "runs" / path.name.removeprefix("01_"), as_version=4)
-    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code"), printed
-
-    run(command, "lab", "--no-launch", cwd=tmp_path)
-    copied = {copy.name for copy in tmp_path.glob("lab/**/*.ipynb")}
-    assert copied >= {path.name for path in PAPERS}
-
-
-def quick(path):
-    """Options that make a run short: one seed."""
-    return ["-p", "seeds=[0]"]
