@@ -25,11 +25,12 @@ def attend(
     Raises ValueError for more queries than keys under `causal`.
     """
     queries, keys = query.shape[-2], key.shape[-2]
-    if not causal or queries == keys or queries == 1:
-        is_causal = causal and queries == keys
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-    if queries > keys:
+    if causal and queries > keys:
         raise ValueError(f"query must hold at most {keys} places, as many as key, got {queries}")
+    if causal and queries == keys:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    if not causal or queries == 1:  # a single last place sees all
+        return F.scaled_dot_product_attention(query, key, value)
     sees = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=sees)
 
