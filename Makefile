@@ -36,8 +36,7 @@ docs: $(READY) ## render the site into _docs (needs Quarto)
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
 
 readme: $(READY) ## make README.md from nbs/index.ipynb
-	@if command -v quarto >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_readme; \
-	else $(BIN)/python tests/readme.py; fi
+	@$(BIN)/python tests/readme.py
 
 check: $(READY) ## ruff, and whether modules, notebooks and README are in sync
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && \

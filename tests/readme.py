@@ -1,4 +1,4 @@
-"""README.md from nbs/index.ipynb, for machines without Quarto (nbdev_readme needs it)."""
+"""README.md from nbs/index.ipynb: one way for every machine, with Quarto or without."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,8 @@ def readme() -> str:
             if not cell.source.startswith("#| echo: false"):
                 blocks.append(f"``` python\n{cell.source}\n```")
             blocks += map(shown, cell.outputs)
-    return "\n\n".join(blocks) + "\n"
+    text = "\n\n".join(blocks) + "\n"
+    return text.replace("](images/", "](nbs/images/")  # pictures lie beside the page
 
 
 def shown(output) -> str:

@@ -32,6 +32,9 @@ NUMBERED = [path for path in NOTEBOOKS if re.match(r"\d+_", path.name)]
 PAPERS = [path for path in NOTEBOOKS if is_paper(path, NBS)]
 PAGES = [TOP / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 MODULES = sorted(path for path in (TOP / "shuffle_nb").glob("*/*.py") if path.name != "__init__.py")
+SITE_PAGES = {  # page names drop the number that orders a folder
+    path.relative_to(NBS).with_name(f"{slug_of(path)}.html").as_posix() for path in NOTEBOOKS
+}
 WEIGHTS = sorted((TOP / "shuffle_nb").rglob("*.safetensors"))
 LAYERS = ("foundations", "runner")  # folders that are no family of papers
 
@@ -135,20 +138,14 @@ def test_modules_are_in_sync_with_notebooks(project):
 
 
 def test_readme_is_in_sync_with_the_home_page():
-    """Quarto and tests/readme.py wrap lines differently, so we compare the words."""
-    committed = words_of((TOP / "README.md").read_text(encoding="utf-8"))
-    assert committed == words_of(readme.readme()), "run make readme"
+    assert (TOP / "README.md").read_text(encoding="utf-8") == readme.readme(), "run make readme"
 
 
 def test_readme_lists_every_paper():
     text = (TOP / "README.md").read_text(encoding="utf-8")
-    missing = [name_of(path) for path in PAPERS if f"/{name_of(path)})" not in text]
+    pages = {path: f"/{path.parent.name}/{slug_of(path)}.html)" for path in PAPERS}
+    missing = [name_of(path) for path, page in pages.items() if page not in text]
     assert not missing, f"shuffle-nb refresh index, then make readme: {', '.join(missing)}"
-
-
-def words_of(markdown):
-    plain = pandoc(markdown, "--from=gfm+tex_math_dollars", "--to=plain", "--wrap=none")
-    return re.findall(r"\w+", plain)
 
 
 def test_docs_settings_are_in_sync():
@@ -402,6 +399,16 @@ def pandoc(text, *options):
 
 
 @each(NOTEBOOKS)
+def test_cell_options_are_yaml(path):
+    """Quarto stops at an option block that is none, such as an unquoted second colon."""
+    for source in sources(path, "code"):
+        block = re.match(r"(?:#\|.*\n?)*", source)[0].splitlines()
+        lines = [line[2:].strip() for line in block]
+        options = [line for line in lines if re.match(r"[\w-]+:( |$)", line)]
+        assert isinstance(yaml.safe_load("\n".join(options) or "{}"), dict), "\n".join(block)
+
+
+@each(NOTEBOOKS)
 def test_markdown_and_formulas_are_understood(path):
     notebook = nbformat.read(path, as_version=4)
     markdown, _ = MarkdownExporter().from_notebook_node(notebook)
@@ -421,8 +428,11 @@ def test_links_lead_somewhere(path):
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
     for target in re.findall(r"\]\(<?([^)\s>]+)>?[^)]*\)", prose):
         here = f"{settings['git_url']}/blob/{settings['branch']}/"
+        site = f"{settings['doc_host']}{settings['doc_baseurl']}/"
         if target.startswith(here):
             assert (TOP / target.removeprefix(here)).exists(), target
+        elif target.startswith(site):
+            assert target.removeprefix(site).split("#")[0] in {"", *SITE_PAGES}, target
         elif target.startswith("#"):
             assert target[1:] in anchors(text), f"no heading for {target}"
         elif not re.match(r"\w+:", target):
@@ -440,6 +450,10 @@ def test_quarto_configuration_has_one_copy():
     quarto = yaml.safe_load((TOP / "_quarto.yml").read_text(encoding="utf-8"))
     assert quarto["metadata-files"] == ["nbdev.yml"]
     assert (NBS / quarto["format"]["html"]["css"]).is_file()
+    assert (NBS / quarto["website"]["favicon"]).is_file() and (NBS / "404.qmd").is_file()
+    assert f"shuffle_nb {settings['version']}," in quarto["website"]["page-footer"]["left"]
+    for entry in quarto["website"]["navbar"]["left"]:
+        assert (NBS / entry["href"]).is_file(), entry
 
 
 def test_sidebar_reaches_every_page():
