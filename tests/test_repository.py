@@ -130,7 +130,8 @@ def test_modules_are_in_sync_with_notebooks(project):
     package = project / "shuffle_nb"
     shutil.rmtree(package)
     package.mkdir()
-    shutil.copy2(TOP / "shuffle_nb" / "__init__.py", package)
+    for name in ("__init__.py", "__main__.py"):
+        shutil.copy2(TOP / "shuffle_nb" / name, package)
     run(BIN / "nbdev_export", cwd=project)
     assert_same(
         files_of(TOP / "shuffle_nb", "**/*.py"), files_of(package, "**/*.py"), "run nbdev_export"
