@@ -169,6 +169,6 @@ def test_bad_input(call, message):
 
 def test_a_cache_refuses_gradients_and_stays_as_it_was():
     cache = KeyValueCache(4)
-    with pytest.raises(ValueError, match="under torch.no_grad"):
+    with pytest.raises(ValueError, match=r"under torch\.no_grad"):
         layer_of()(inputs(1, 2), cache)
     assert cache.length == 0 and cache.key is None
