@@ -5,19 +5,24 @@
 # %% auto #0
 __all__ = ['FOUNDATION_FOLDERS', 'REQUIRED', 'BadInput', 'nearest', 'notebook_root', 'slug_of', 'is_paper', 'notebook_paths',
            'Paper', 'title_facts', 'without_link', 'read_cells', 'as_number', 'read_paper', 'papers', 'find', 'match',
-           'is_number', 'stored_claims']
+           'claim_of', 'stored_claims', 'reading_minutes']
 
 # %% ../../nbs/runner/01_catalogue.ipynb #cell-003
 import difflib
 import json
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import shuffle_nb
-from ..foundations.claims import CLAIMS_MIME
+from shuffle_nb.foundations.claims import (
+    CLAIMS_MIME,
+    Claim,
+    Control,
+    claim_record,
+    plain_text,
+)
 
 # %% ../../nbs/runner/01_catalogue.ipynb #cell-006
 class BadInput(ValueError):
@@ -103,12 +108,12 @@ def title_facts(
     facts = {}
     for line in map(str.strip, markdown.splitlines()):
         if line.startswith("# ") and "title" not in facts:
-            facts["title"] = line[2:].strip()
+            facts["title"] = line[2:]
         elif line.startswith("> ") and "summary" not in facts:
-            facts["summary"] = line[2:].strip()
+            facts["summary"] = line[2:]
         elif fact := re.match(r"- (\w+):\s*(.+)", line):
-            facts[fact[1]] = without_link(fact[2].strip())
-    return facts
+            facts[fact[1]] = without_link(fact[2])
+    return {key: plain_text(fact) for key, fact in facts.items()}
 
 
 def without_link(
@@ -120,13 +125,21 @@ def without_link(
 # %% ../../nbs/runner/01_catalogue.ipynb #cell-016
 def read_cells(
     path: Path,  # a notebook
-) -> list[dict]:  # its cells, sources and texts joined to plain strings
+) -> list[dict]:  # its cells, each with metadata and with its source as plain text
     """Read a notebook's cells as plain JSON: much quicker than validating the whole file."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return [{**cell, "source": "".join(cell["source"])} for cell in cells]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not a notebook: {error}") from error
+        for cell in cells:
+            cell["source"] = "".join(cell["source"])
+            cell.setdefault("metadata", {}).setdefault("tags", [])
+            if cell["cell_type"] == "code":
+                cell.setdefault("outputs", [])
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise BadInput(f"{path} is not a notebook: {reason}") from None
+    return cells
 
 
 def as_number(
@@ -145,24 +158,29 @@ def as_number(
 
 def read_paper(
     path: Path,  # a notebook
-    strict: bool = True,  # False: a notebook that is no paper of ours may lack every fact
+    strict: bool = True,  # False: whatever its title cell lacks, the notebook may be asked for
 ) -> Paper:
     """Read a notebook's title cell; BadInput names the file and whatever is missing."""
-    cells = read_cells(path)
-    is_titled = bool(cells) and cells[0]["cell_type"] == "markdown"
-    facts = title_facts(cells[0]["source"]) if is_titled else {}
-    missing = [key for key in REQUIRED if key not in facts]
-    if strict and missing:
-        raise BadInput(f"{path}: the title cell has no {', '.join(missing)}")
+    try:
+        cells = read_cells(path)
+        is_titled = bool(cells) and cells[0]["cell_type"] == "markdown"
+        facts = title_facts(cells[0]["source"]) if is_titled else {}
+        missing = [key for key in REQUIRED if key not in facts]
+        if strict and missing:
+            raise BadInput(f"{path}: the title cell has no {', '.join(missing)}")
+        numbers = {key: as_number(facts, key, path) for key in ("year", "minutes")}
+    except BadInput:
+        if strict:
+            raise
+        facts, numbers = {}, {}
     categories = re.split(r"\s*,\s*", facts.get("categories", "").strip("[] "))
     return Paper(
         slug=slug_of(path),
         family=path.absolute().parent.name,
         path=path,
-        title=facts.get("title", path.stem),
+        title=facts.get("title", plain_text(path.stem)),
         **{key: facts.get(key, "") for key in ("summary", "arxiv", "authors", "venue", "code")},
-        year=as_number(facts, "year", path),
-        minutes=as_number(facts, "minutes", path),
+        **numbers,
         categories=tuple(filter(None, categories)),
     )
 
@@ -170,6 +188,7 @@ def read_paper(
 def papers(
     family: str | None = None,  # only this family; all of them if not given
     root: Path | None = None,  # the folder of all notebooks; found by itself if not given
+    strict: bool = True,  # False: also those whose title cell cannot be read
 ) -> list[Paper]:  # family by family, in each folder's order
     """The catalogue, read from the notebooks' title cells."""
     root = root or notebook_root()
@@ -177,16 +196,21 @@ def papers(
     families = sorted({path.parent.name for path in everything})
     if family is not None and family not in families:
         raise BadInput(f"no family {family!r}; there are: {', '.join(families)}")
-    return [read_paper(path) for path in everything if family in (None, path.parent.name)]
+    chosen = [path for path in everything if family in (None, path.parent.name)]
+    return [read_paper(path, strict) for path in chosen]
 
 
 def find(
     name: str,  # a slug, family/slug, or the path of an .ipynb file
     root: Path | None = None,  # the folder of all notebooks; found by itself if not given
 ) -> Paper:  # papers come before foundations and set-ups of the same name
-    """Find one notebook by name; BadInput gives the nearest names."""
+    """Find one notebook by name, readable or not; BadInput gives the nearest names."""
     if name.endswith(".ipynb"):
-        if not Path(name).is_file():
+        try:
+            there = Path(name).is_file()
+        except (OSError, ValueError) as error:  # a name that no file can have
+            raise BadInput(f"no file {name}: {getattr(error, 'strerror', error)}") from None
+        if not there:
             raise BadInput(f"no file {name}")
         return read_paper(Path(name), strict=False)
     root = root or notebook_root()
@@ -199,7 +223,7 @@ def find(
     if len(found) > 1:
         choices = " or ".join(f"{path.parent.name}/{slug_of(path)}" for path in found)
         raise BadInput(f"{name!r} is the name of several notebooks; write {choices}")
-    return read_paper(found[0], strict=is_paper(found[0], root))
+    return read_paper(found[0], strict=False)
 
 
 def match(
@@ -214,21 +238,43 @@ def match(
     return 1 + is_paper(path, root) if name in short else 0
 
 # %% ../../nbs/runner/01_catalogue.ipynb #cell-024
-def is_number(
-    value: object,  # what a claim measured, as it came out of JSON
-) -> bool:  # False for NaN, which JSON may bring as NaN, as null or as text
-    """Whether a claim has measured anything at all."""
-    try:
-        return not math.isnan(float(value))
-    except (TypeError, ValueError):
-        return False
+def claim_of(
+    record: dict,  # of one claim, as it came out of JSON
+) -> Claim:
+    """Make the claim anew from its record; ValueError and the like where that cannot be."""
+    texts = ("id", "text", "kind", "relation", "paper", "source", "unit")
+    control = record["control"]
+    return Claim(
+        **{key: str(record[key]) for key in texts},
+        ours=[float(value) for value in record["ours"]],
+        bound=float(record["bound"]),
+        control=control and Control(str(control["name"]), list(map(float, control["values"]))),
+        expected=bool(record["expected"]),
+    )
 
 
 def stored_claims(
     cells: list[dict],  # of an executed notebook
-) -> list[dict]:  # each with text, paper, ours, relation, bound, unit, spread, seeds, holds
+) -> list[dict]:  # records as `claim_record` makes them, each with its `date`
     """The claims that a notebook's outputs carry; none if it was never run as far as its claims."""
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    bundles = [output.get("data", {}).get(CLAIMS_MIME) for output in outputs]
-    claims = [claim for bundle in bundles if bundle for claim in bundle["claims"]]
-    return [{**claim, "holds": claim["holds"] and is_number(claim["ours"])} for claim in claims]
+    claims = []
+    try:
+        for output in outputs:
+            bundle = output.get("data", {}).get(CLAIMS_MIME, {"claims": []})
+            date = {"date": plain_text(bundle.get("date", ""))}
+            claims += [claim_record(claim_of(record)) | date for record in bundle["claims"]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else plain_text(error)
+        raise BadInput(f"its stored claims cannot be read: {reason}") from None
+    return claims
+
+# %% ../../nbs/runner/01_catalogue.ipynb #030e4b92
+def reading_minutes(
+    cells: list[dict],  # of a notebook
+) -> int:
+    """Count 200 words of prose or 30 lines of code a minute."""
+    prose = " ".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+    code = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "code")
+    lines = [line for line in code.splitlines() if line.strip() and not line.startswith("#|")]
+    return max(1, round(len(prose.split()) / 200 + len(lines) / 30))
