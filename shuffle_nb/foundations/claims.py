@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONE', 'LARGE', 'SMALL', 'PREFIXES', 'ESCAPES', 'RELATIONS', 'KINDS', 'Numbers', 'CLAIMS_MIME', 'VERDICTS', 'readable',
-           'plain_text', 'Table', 'Control', 'Claim', 'claims_table', 'claim_record', 'ClaimNotMet', 'check_claims']
+           'plain_text', 'Table', 'show_table', 'Control', 'Claim', 'claims_table', 'claim_record', 'ClaimNotMet',
+           'check_claims']
 
 # %% ../../nbs/foundations/03_claims.ipynb #cell-003
 import datetime
@@ -13,6 +14,7 @@ import operator
 import re
 import statistics
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -77,10 +79,8 @@ class Table:
     def __str__(self) -> str:
         from tabulate import tabulate
 
-        widths = [34] * len(self.headings)  # longer cells are wrapped
-        return tabulate(
-            self._cells(), self.headings, "simple", disable_numparse=True, maxcolwidths=widths
-        )
+        rows = [[textwrap.fill(cell, 34) for cell in row] for row in self._cells()]
+        return tabulate(rows, self.headings, "simple", disable_numparse=True)
 
     def _repr_html_(self) -> str:
         from tabulate import tabulate
@@ -94,6 +94,18 @@ class Table:
         heads = [escape(plain_text(heading)) for heading in self.headings]
         html = tabulate(rows, heads, "unsafehtml", disable_numparse=True)
         return f'<div style="overflow-x:auto">{html}</div>'
+
+# %% ../../nbs/foundations/03_claims.ipynb #66664f9c
+def show_table(
+    table: Table,
+    **more: object,  # further forms of the same output, by MIME type
+) -> None:
+    """Display a table in a notebook, print it elsewhere."""
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+        bundle = {"text/html": table._repr_html_(), "text/plain": str(table), **more}
+        sys.modules["IPython"].display.display(bundle, raw=True)
+    else:
+        print(table)
 
 # %% ../../nbs/foundations/03_claims.ipynb #cell-009
 RELATIONS = {
@@ -274,8 +286,8 @@ def _reason(claim: Claim) -> str:
         return f"{start}, was not expected to show, but all of {_ours(claim)} meet {_bound(claim)}"
     where, value = next((i, v) for i, v in enumerate(claim.ours) if not claim.meets(v))
     place = f" in {KINDS[claim.kind]} {where + 1} of {count}" if count > 1 else ""
-    control = f" ({claim.control.name}: {_told(claim, claim.control.values)})" if claim.control else ""
-    return f"{start}, measured {_told(claim, [value])}{place}, needed {_bound(claim)}{control}"
+    control = claim.control and f" ({claim.control.name}: {_told(claim, claim.control.values)})"
+    return f"{start}, measured {_told(claim, [value])}{place}, needed {_bound(claim)}{control or ''}"
 
 # %% ../../nbs/foundations/03_claims.ipynb #cell-011
 CLAIMS_MIME = "application/vnd.shuffle-nb.claims+json"
@@ -336,15 +348,9 @@ def check_claims(
     if twice:
         raise ValueError(f"claims must have ids of their own, got {twice[0]!r} more than once")
     table = claims_table(claims)
-    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
-        record = {
-            "claims": [claim_record(claim) for claim in claims],
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        }
-        bundle = {"text/html": table._repr_html_(), "text/plain": str(table), CLAIMS_MIME: record}
-        sys.modules["IPython"].display.display(bundle, raw=True)
-    else:  # a plain script
-        print(table)
+    records = [claim_record(claim) for claim in claims]
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    show_table(table, **{CLAIMS_MIME: {"claims": records, "date": today}})
     failed = [claim for claim in claims if claim.verdict not in ("holds", "not shown here")]
     if failed:
         count = f"{len(failed)} of {len(claims)} claims not met"
