@@ -840,9 +840,9 @@ def run_notebooks(
     """
     if jobs < 1:
         raise BadInput(f"jobs expects a number from 1 up, got {jobs}")
-    folder, todo, results = check_folder(Path(out)), [], []
-    broken = []
-    for name, (paper, given) in zip(distinct(runs), runs, strict=True):
+    folder, todo, broken, results = check_folder(Path(out)), [], [], []
+    names = distinct([paper.slug for paper, _ in runs])
+    for name, (paper, given) in zip(names, runs, strict=True):
         try:
             notebook = prepare(paper, check_parameters(paper, given, not scheduler))
             todo.append(Job(name, notebook, paper.slug, str(paper.path.absolute().parent)))
@@ -875,16 +875,15 @@ def run_notebooks(
 
 
 def distinct(
-    runs: Sequence[tuple[Paper, dict[str, Any]]],  # perhaps of the same notebook
-) -> list[str]:  # a name for each, numbered where one came before
-    """Name runs apart."""
+    names: Sequence[str],  # of runs, perhaps of the same notebook
+) -> list[str]:  # the same, numbered where one came before
+    """Make names differ."""
     seen = Counter()
-    names = []
-    for paper, _ in runs:
-        seen[paper.slug] += 1
-        again = f" ({seen[paper.slug]})" if seen[paper.slug] > 1 else ""
-        names.append(f"{paper.slug}{again}")
-    return names
+    apart = []
+    for name in names:
+        seen[name] += 1
+        apart.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
+    return apart
 
 
 def place(

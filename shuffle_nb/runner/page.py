@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..foundations.exercises import FOLDING_TEMPLATE
 from .execute import write_atomically
 
 # %% ../../nbs/runner/06_page.ipynb #7510b1a4
@@ -28,21 +29,14 @@ def mathml(
         return f"<code>{escape(tex)}</code>"
 
 # %% ../../nbs/runner/06_page.ipynb #b860ff4c
-TEMPLATE = """{% extends "lab/index.html.j2" %}
+TEMPLATE = """{% extends "folding.html.j2" %}
 {% block html_head_js %}{% endblock %}
 {% block jupyter_widgets %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}
 {% block html_head_css %}<style>
 .jp-RenderedMarkdown { overflow-x: auto; }
-details > summary { cursor: pointer; margin: 0.5em 80px; font-weight: bold; }
 </style>{% endblock %}
-{% block codecell %}
-{% set folded = "solution" in cell.metadata.get("tags", []) %}
-{% if folded %}<details><summary>Solution</summary>{% endif %}
-{{ super() }}
-{% if folded %}</details>{% endif %}
-{% endblock %}
 """
 WIDGETS = ("application/vnd.jupyter.widget-view+json", "application/javascript")
 
@@ -69,7 +63,7 @@ def own_exporter() -> Any:
             renderer = Renderer(escape=False, exclude_anchor_links=True)
             yield "markdown2html", MarkdownWithMath(renderer=renderer).render
 
-    loader = DictLoader({"offline.html.j2": TEMPLATE})
+    loader = DictLoader({"offline.html.j2": TEMPLATE, "folding.html.j2": FOLDING_TEMPLATE})
     return Exporter(template_file="offline.html.j2", extra_loaders=[loader], embed_images=True)
 
 # %% ../../nbs/runner/06_page.ipynb #5964eda9
@@ -82,6 +76,8 @@ def write_html(
     node = nbformat.read(notebook, as_version=4)
     node.metadata.pop("widgets", None)
     for cell in node.cells:
+        if "solution" in cell.metadata.get("tags", []):
+            cell.metadata["jupyter"] = {"source_hidden": True, "outputs_hidden": True}
         described = re.search(r"^#\| fig-alt: *(.+)", cell.source, flags=re.MULTILINE)
         alt = described[1].strip("\"'") if described else "Output of the cell above"
         for output in cell.get("outputs", []):
