@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shuffle_nb.foundations.costs import count_flops
+from shuffle_nb.foundations.reference import load_reference
 from shuffle_nb.shuffles import exact_permutations
 from shuffle_nb.shuffles.exact_permutations import (
     PermutationEnsemble,
@@ -651,3 +652,65 @@ class TestBadInput:
     def test_message_says_what_was_expected(self, call, message):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---------------------------------------------------------------- the authors' own numbers
+
+
+def loaded(case, kind="ntk"):
+    """An ensemble with the weights of a case: first holds columns of W1, second rows of W2."""
+    W1, W2 = case.tensors["W1"], case.tensors["W2"]
+    models, width, k = W1.shape
+    ensemble = PermutationEnsemble(k, width, models, kind, dtype=torch.float64)
+    ensemble.load_state_dict({"first": W1.mT, "second": W2})
+    return ensemble
+
+
+def trained(case):
+    settings = case.settings
+    kind = settings["parametrization"]
+    ensemble = loaded(case, kind).fit(settings["perm"], settings["steps"], settings["lr"])
+    raw, target = ensemble.predict_raw(case.tensors["x"]), permutation_matrix(settings["perm"]).mT
+    unit = torch.eye(settings["k"], dtype=torch.float64)
+    return {
+        "residual on the one-hot rows": ensemble(unit) - target,
+        "W1 afterwards": ensemble.first.mT,
+        "W2 afterwards": ensemble.second,
+        "raw predictions": raw,
+        "mean over networks": raw.mean(0),
+    }
+
+
+def untrained(case):
+    raw = loaded(case).predict_raw(case.tensors["x"])
+    return {"raw predictions": raw, "mean over networks": raw.mean(0)}
+
+
+def closed_forms(case):
+    def named(function, arguments):
+        call = f"{function.__name__}({', '.join(map(str, arguments))})"
+        return call, torch.tensor(function(*arguments), dtype=torch.float64)
+
+    settings = case.settings
+    found = dict(named(prediction_stats, row) for row in settings["stats"])
+    for k, kind in settings["stats n = k"]:
+        ends = torch.tensor(prediction_stats(k, k, kind), dtype=torch.float64)[[0, 2]]
+        found[f"prediction_stats({k}, {k}, {kind}): first and last"] = ends
+    found |= dict(named(exact_accuracy, row) for row in settings["accuracy"])
+    found |= dict(named(models_needed, row) for row in settings["needed"])
+    found |= dict(named(models_for_all_inputs, row) for row in settings["all"])
+    x, z = (torch.nn.functional.normalize(case.tensors[name]) for name in "xz")
+    return found | dict(zip(("K(x, z)", "Theta(x, z)"), ntk_kernels(x, z), strict=True))
+
+
+RECOMPUTE = {
+    "ensemble before training": untrained,
+    "four steps of gradient descent on both layers": trained,
+    "six steps on the last layer only": trained,
+    "closed forms": closed_forms,
+}
+
+
+@pytest.mark.parametrize("case", [*load_reference("exact_permutations")], ids=lambda c: c.name)
+def test_against_the_authors_code(case, agree):
+    agree(case, RECOMPUTE[case.name](case))
