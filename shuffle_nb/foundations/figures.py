@@ -377,7 +377,10 @@ def plot_growth(
     quantity: str = "seconds",  # or "flops", "memory", "parameters"
     palette: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw a cost against the size, both axes logarithmic: the slope is the power of the growth."""
+    """Draw a cost against the size, both axes logarithmic: the slope is the power of the growth.
+
+    Seconds are medians, with a band from the lower to the upper quartile of the rounds.
+    """
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity must be one of {list(QUANTITIES)}, got {quantity!r}")
     names = list(dict.fromkeys(row.name for row in costs))
@@ -385,7 +388,12 @@ def plot_growth(
     for name in names:
         rows = [row for row in costs if row.name == name]
         sizes, values = [row.size for row in rows], [getattr(row, quantity) for row in rows]
+        if not all(values):
+            raise ValueError(f"{quantity} of {name!r} must be above zero to be drawn, got {values}")
         axis.plot(sizes, values, "o-", color=palette[name], label=name)
+        if quantity == "seconds":
+            low, high = zip(*(row.quartiles for row in rows), strict=True)
+            axis.fill_between(sizes, low, high, facecolor=(palette[name], 0.3), lw=0)
     axis.set(xscale="log", yscale="log", xlabel=costs.size_name, ylabel=QUANTITIES[quantity])
     sizes = sorted({row.size for row in costs})
     if len(sizes) >= 3:

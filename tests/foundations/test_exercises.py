@@ -1,4 +1,4 @@
-"""Exercises: an open gap is said to be open, a wrong answer what is wrong; solutions stay folded."""
+"""Exercises: an open gap is said to be open, wrong answers what is wrong; solutions stay folded."""
 
 import json
 import subprocess

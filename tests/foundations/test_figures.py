@@ -224,7 +224,9 @@ def test_two_ticks_set_by_hand_are_refused_and_none_at_all_are_not(axis):
 
 
 def costs(*sizes):
-    return Costs(tuple(Cost("m", 0, 0, float(s), 0.0, 0, 1.0, s) for s in sizes), "tokens")
+    rounds = (0.5, 1.0, 2.0, 3.0, 9.0)
+    rows = [Cost("m", tuple(size * r for r in rounds), size=size, memory=8) for size in sizes]
+    return Costs(tuple(rows), "tokens")
 
 
 @pytest.mark.parametrize("sizes", [(1, 10), (64, 128), (64, 256, 1024)])
@@ -234,6 +236,14 @@ def test_growth_is_drawn_on_logarithmic_axes(sizes, axis):
     assert axis.get_xlabel() == "tokens"
     figures.show(axis.figure)
     assert len([text for text in texts(axis.get_xticklabels()) if text]) >= 3
+    assert axis.lines[0].get_ydata().tolist() == [2.0 * size for size in sizes]
+    corners = axis.collections[0].get_paths()[0].vertices
+    assert {1.0 * sizes[0], 3.0 * sizes[0]} <= set(corners[:, 1]), "quartiles of the rounds"
+
+
+def test_growth_of_what_has_no_seconds_has_no_band(axis):
+    figures.plot_growth(axis, costs(1, 10), "memory")
+    assert not axis.collections
 
 
 def test_an_image_axis_has_neither_ticks_nor_grid(axis):
@@ -334,6 +344,10 @@ def test_bad_input(axis):
         figures.colours(list("abcdefghi"))
     with pytest.raises(ValueError, match="quantity must be one of"):
         figures.plot_growth(axis, Costs(()), "joules")
+    with pytest.raises(
+        ValueError, match=r"memory of 'm' must be above zero to be drawn, got \[None"
+    ):
+        figures.plot_growth(axis, Costs((Cost("m", (1.0,), size=1),)), "memory")
     with pytest.raises(ValueError, match=r"3 or 4 dimensions, got shape \(2, 2\)"):
         figures.show_images(np.zeros((2, 2)))
     with pytest.raises(ValueError, match="control 'x' must be an ipywidget"):
