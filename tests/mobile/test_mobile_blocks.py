@@ -1,0 +1,86 @@
+"""What the mobile family shares: convolutions, round channels, first weights, averages."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from shuffle_nb.mobile.mobile_blocks import (
+    conv_norm,
+    initialise_by_fan_out,
+    is_channels_last,
+    plane_mean,
+    require_maps,
+    rounded_channels,
+)
+
+sides = st.integers(1, 7)
+
+
+@given(sides, sides, st.sampled_from([1, 3, 5, 7]))
+def test_a_convolution_keeps_the_size(height, width, size):
+    layers = nn.Sequential(*conv_norm(4, 6, size, nn.ReLU())).eval()
+    assert layers(torch.randn(2, 4, height, width)).shape == (2, 6, height, width)
+    assert layers[0].bias is None and len(layers) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((4, 6, 2), "odd and positive, got 2"), ((4, 6, 0), "got 0"), ((0, 6), "in_channels")],
+)
+def test_bad_convolutions(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        conv_norm(*arguments)
+
+
+@given(st.floats(0.1, 4000), st.sampled_from([4, 8, 16]))
+def test_channels_are_round_and_never_much_fewer(channels, divisor):
+    rounded = rounded_channels(channels, divisor)
+    assert rounded % divisor == 0 and rounded >= divisor
+    assert rounded >= 0.9 * channels
+    assert rounded <= max(divisor, channels + divisor)
+
+
+def test_known_roundings():
+    known = {8: 8, 12: 16, 18: 24, 19.2: 24, 20: 24, 36: 40, 3: 8}
+    assert {channels: rounded_channels(channels) for channels in known} == known
+
+
+def test_first_weights():
+    convolution, linear = nn.Conv2d(64, 128, 5, groups=8), nn.Linear(200, 100)
+    for layer in (convolution, linear):
+        layer.apply(initialise_by_fan_out)
+        assert not layer.bias.any()
+    assert convolution.weight.std().item() == pytest.approx((2 / (25 * 128)) ** 0.5, rel=0.02)
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.02)
+
+
+@given(sides, sides, st.sampled_from([(2,), (3,), (2, 3)]), st.booleans())
+def test_averages_in_any_memory_order(height, width, axes, last):
+    x = torch.randn(2, 3, height, width, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    assert torch.allclose(plane_mean(x, axes), x.mean(axes, keepdim=True), atol=1e-14)
+
+
+def test_half_precision_does_not_overflow():
+    x = torch.full((1, 2, 300, 300), 10.0, dtype=torch.float16)
+    assert torch.equal(plane_mean(x, (2, 3)), torch.full((1, 2, 1, 1), 10.0, dtype=torch.float16))
+
+
+def test_memory_order_is_told():
+    x = torch.randn(2, 3, 4, 5)
+    assert not is_channels_last(x) and is_channels_last(x.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 4, 5), r"shape \(3, 4, 5\)"),
+        (torch.zeros(1, 2, 3, 4, dtype=torch.long), "torch.int64"),
+        (torch.zeros(1, 2, 3, 4), "must have 3 channels, got 2"),
+    ],
+)
+def test_bad_maps(x, message):
+    with pytest.raises(ValueError, match=message):
+        require_maps(x, 3)
