@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COLOURS', 'EXAMPLES', 'app', 'Names', 'Parameters', 'Grid', 'Scheduler', 'MANIFEST', 'INJECTED', 'WIDGET', 'console',
            'say', 'show', 'complain', 'verdict', 'count', 'show_result', 'tell_interruption', 'filled', 'folder_of',
-           'folder_option', 'options', 'list_papers', 'verbose_row', 'agreement_of', 'run', 'choose', 'sweep_command',
-           'ledger', 'claims_command', 'digest', 'copy_notebooks', 'read_manifest', 'is_ours', 'copy_file', 'lab',
-           'start_lab', 'tidy', 'is_control', 'with_minutes', 'clean', 'refresh_notebook', 'notebooks_with_code',
-           'refresh', 'signals_as_ctrl_c', 'main']
+           'folder_option', 'show_version', 'options', 'list_papers', 'verbose_row', 'agreement_of', 'run', 'choose',
+           'sweep_command', 'ledger', 'claims_command', 'digest', 'copy_notebooks', 'read_manifest', 'is_ours',
+           'copy_file', 'lab', 'start_lab', 'tidy', 'is_control', 'with_minutes', 'clean', 'refresh_notebook',
+           'notebooks_with_code', 'refresh', 'signals_as_ctrl_c', 'main']
 
 # %% ../../nbs/runner/04_cli.ipynb #b5588756
 import contextlib
@@ -43,7 +43,8 @@ def console() -> Console:
     """Where we print; wide where it is no terminal, so that a file or a pipe gets whole lines."""
     plain = dict(highlight=False, markup=False, emoji=False, force_jupyter=False)
     out = Console(**plain)
-    return out if out.is_terminal else Console(**plain, width=160)
+    has_width = out.is_terminal or "COLUMNS" in os.environ
+    return out if has_width else Console(**plain, width=160)
 
 
 def say(
@@ -61,7 +62,9 @@ def show(
     table: Table,  # such as `claims_table` makes
 ) -> None:
     """Print a table, as wide as the terminal allows."""
-    screen = ScreenTable(*table.headings)
+    screen = ScreenTable()
+    for place, heading in enumerate(table.headings):
+        screen.add_column(heading, overflow="fold", no_wrap=place == 0)  # names stay whole
     known = {**dict.fromkeys(table.colours or (), "bold red"), **COLOURS}
     for row in table.rows:
         texts = [plain_text(cell) for cell in row]
@@ -181,16 +184,21 @@ def folder_option(help: str) -> typer.models.OptionInfo:
     return typer.Option(parser=folder_of, metavar="FOLDER", help=help)
 
 
-@app.callback(invoke_without_command=True)
+def show_version(wanted: bool) -> bool:
+    """Print the version, and end."""
+    if wanted:
+        print(f"shuffle-nb {shuffle_nb.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
 def options(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="The version.")
+    ] = False,
 ) -> None:
     """Run, sweep and read notebooks that explain a paper each, and check its claims."""
-    if version:
-        print(f"shuffle-nb {shuffle_nb.__version__}")
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
 
 
 @app.command("list")
@@ -618,7 +626,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         with signals_as_ctrl_c():
-            code = app(prog_name="shuffle-nb", standalone_mode=False) or 0
+            words = sys.argv[1:] or ["--help"]
+            code = app(words, prog_name="shuffle-nb", standalone_mode=False) or 0
     except BadInput as error:
         code = complain(str(error), 2)
     except KeyboardInterrupt:

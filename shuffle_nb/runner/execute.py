@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections import Counter
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -350,8 +352,9 @@ def own_kernel() -> type:
     return OwnKernel
 
 
-# No name is left behind. A worker of ours has signals blocked (see below); a notebook has none.
-KERNEL_START = "__import__('sys').path.append({!r})"
+# Our package is found before anything that lies beside the notebook. No name is left behind. A
+# worker of ours has signals blocked (see below); a notebook has none.
+KERNEL_START = "__import__('shuffle_nb'); __import__('sys').path.append({!r})"
 if hasattr(signal, "pthread_sigmask"):
     KERNEL_START += f"; __import__('signal').pthread_sigmask({int(signal.SIG_SETMASK)}, ())"
 
@@ -643,15 +646,24 @@ EMBEDDED = {
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold Ctrl-C and the terminal's end back; processes that start meanwhile never see them."""
+    """Hold back what would interrupt; processes that start meanwhile never see the terminal's."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # its start would let the signals through again
+    came = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        handler = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 @contextmanager
@@ -675,19 +687,18 @@ def dask_client(
         return
     num_workers = num_workers or max(2, CPU_COUNT // 2)
     threads = str(max(1, CPU_COUNT // num_workers))
-    limits = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")}
-    scratch = tempfile.mkdtemp(prefix="shuffle-nb-")
+    environment = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS")}
+    scratch = environment["TMPDIR"] = tempfile.mkdtemp(prefix="shuffle-nb-")
     try:
-        with dask.config.set(EMBEDDED):
+        with dask.config.set({**EMBEDDED, "temporary-directory": scratch}):
             with signals_held():
                 cluster = LocalCluster(
                     n_workers=num_workers,
                     threads_per_worker=1,
                     scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
-                    local_directory=scratch,
                     memory_limit=0,
                     silence_logs="CRITICAL",
-                    env=limits,
+                    env=environment,
                 )
             with cluster, Client(cluster) as client:
                 yield client

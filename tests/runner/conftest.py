@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+
+from shuffle_nb.runner import cli
 
 COMMAND = str(Path(sys.executable).with_name("shuffle-nb"))
 TITLE = """# {name}
@@ -45,24 +48,25 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def shuffle_nb(tmp_path):
-    """The command in a folder of its own; returns what subprocess.run returns."""
+def shuffle_nb(tmp_path, monkeypatch, capsys):
+    """The command, called in this process and in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
 
-    def shuffle_nb(*arguments, timeout=150):
-        return subprocess.run(
-            [COMMAND, *map(str, arguments)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    def shuffle_nb(*arguments):
+        monkeypatch.setattr(sys, "argv", ["shuffle-nb", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=printed.out, stderr=printed.err)
 
     return shuffle_nb
 
 
 def listen_to_ctrl_c():
     """Undo what a shell does to a job in the background: its children ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def start(tmp_path):
     """Start the command and leave it running; its whole process group ends with the test."""
     started = []
 
-    def start(*arguments, command=COMMAND):
+    def start(*arguments, command=COMMAND, **environment):
         process = subprocess.Popen(
             [command, *map(str, arguments)],
             cwd=tmp_path,
@@ -79,6 +83,7 @@ def start(tmp_path):
             text=True,
             start_new_session=True,
             preexec_fn=listen_to_ctrl_c,
+            env={**os.environ, **environment},
         )
         started.append(process)
         return process

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import nbformat
 
-CLAIMS = """from IPython.display import display
-bundle = {{"claims": [dict(text="{text}", paper="-", ours={ours}, relation="<", bound=10.0,
-                          unit="", spread=0.1, seeds=2, holds=bool({ours} < 10))]}}
-data = {{"application/vnd.shuffle-nb.claims+json": bundle, "text/plain": "claims"}}
+MIME = "application/vnd.shuffle-nb.claims+json"
+CLAIMS = f"""from IPython.display import display
+record = dict(id="few", text="{{text}}", kind="count", paper="1", source="", ours=[{{ours}}],
+              relation="<", bound=10.0, unit="", control=None, expected=True)
+data = {{{{"{MIME}": {{{{"claims": [record], "date": "2026-01-01"}}}}, "text/plain": "claims"}}}}
 display(data, raw=True)"""
 
 

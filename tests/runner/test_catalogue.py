@@ -8,8 +8,17 @@ import sys
 import nbformat
 import pytest
 
+from shuffle_nb.foundations.claims import CLAIMS_MIME, Claim, claim_record
 from shuffle_nb.runner import catalogue
-from shuffle_nb.runner.catalogue import find, papers, read_paper, stored_claims
+from shuffle_nb.runner.catalogue import (
+    Unreadable,
+    find,
+    papers,
+    read_cells,
+    read_paper,
+    reading_minutes,
+    stored_claims,
+)
 
 
 @pytest.fixture
@@ -105,20 +114,98 @@ def test_malformed_title_cell_names_file_and_fault(tmp_path, title, message):
         read_paper(path)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1, 2]", '{"cells": 3}'])
+BROKEN = [
+    *["", "{}", "[1, 2]", '{"cells": 3}', '{"cells": [3]}', '{"cells": [{"source": "x"}]}'],
+    *['{"cells": [{"cell_type": "code"}]}', '{"cells": [{"cell_type": "code", "source": 1}]}'],
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_file_that_is_no_notebook_is_named(tmp_path, text):
     path = tmp_path / "broken.ipynb"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"broken\.ipynb is not a notebook"):
+    with pytest.raises(Unreadable, match=r"broken\.ipynb is not a notebook"):
         read_paper(path)
+    assert find(str(path)).slug == "broken"  # it may be asked for; its run will say so
 
 
-@pytest.mark.parametrize("ours", [float("nan"), "nan", None])
-def test_nan_never_holds(ours):
-    record = dict(text="t", ours=ours, relation="<", bound=1, holds=True)
-    bundle = {catalogue.CLAIMS_MIME: {"claims": [record]}}
-    (claim,) = stored_claims([{"outputs": [{"data": bundle}]}])
-    assert claim["holds"] is False
+def test_a_cell_may_lack_metadata(tmp_path):
+    path = tmp_path / "old.ipynb"
+    path.write_text('{"cells": [{"cell_type": "code", "source": ["a = 1\\n", "a"]}]}')
+    (cell,) = read_cells(path)
+    assert (cell["source"], cell["metadata"], cell["outputs"]) == ("a = 1\na", {}, [])
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path):
+    loop = tmp_path / "loop.ipynb"
+    loop.symlink_to(loop)
+    for name in ("a" * 300 + ".ipynb", "a" * 5000 + ".ipynb", "nul\0.ipynb", str(loop)):
+        with pytest.raises(ValueError, match="no file"):
+            find(name)
+    with pytest.raises(ValueError, match="no notebook"):
+        find("a" * 5000)
+
+
+def test_a_title_brings_no_escape_sequences(tmp_path):
+    path = tmp_path / "own.ipynb"
+    cells = [nbformat.v4.new_markdown_cell("# A \x1b[31mred\x1b[0m title")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    assert find(str(path)).title == "A red title"
+
+
+def record(**changes):
+    return claim_record(Claim("few", "It is few", "count", 0.5, "<", 1, paper="0.5")) | changes
+
+
+def stored(*claims):
+    return [{"outputs": [{"data": {CLAIMS_MIME: {"claims": list(claims), "date": "2026-01-02"}}}]}]
+
+
+def test_a_stored_claim_cannot_promise_more_than_its_numbers():
+    (claim,) = stored_claims(stored(record()))
+    assert (claim["verdict"], claim["ours"], claim["date"]) == ("holds", [0.5], "2026-01-02")
+    for ours in ([2.0], ["nan"]):
+        (claim,) = stored_claims(stored(record(ours=ours, holds=True, verdict="holds")))
+        assert (claim["holds"], claim["verdict"]) == (False, "fails")
+    (claim,) = stored_claims(stored(record(control={"name": "off", "values": [0.1]})))
+    assert claim["verdict"] == "too weak"
+
+
+def test_a_stored_claim_brings_no_escape_sequences():
+    (claim,) = stored_claims(
+        stored(record(text="all \x1b[2J\x1b]0;title\x07well", unit="s\x1b[1m"))
+    )
+    assert (claim["text"], claim["unit"]) == ("all well", "s")
+
+
+@pytest.mark.parametrize(
+    "bundle",
+    [
+        {},
+        {"claims": 3},
+        {"claims": ["text"]},
+        {"claims": [{}]},
+        {"claims": [record(ours=[None])]},
+        {"claims": [record(ours="0.5")]},
+        {"claims": [record(bound="inf")]},
+        {"claims": [record(kind="effect")]},
+        {"claims": [record(control="off")]},
+        "text",
+        None,
+    ],
+)
+def test_malformed_claims_are_one_kind_of_error(bundle):
+    with pytest.raises(Unreadable, match="its stored claims cannot be read: "):
+        stored_claims([{"outputs": [{"data": {CLAIMS_MIME: bundle}}]}])
+
+
+def test_minutes_follow_from_words_and_lines():
+    prose = {"cell_type": "markdown", "source": "word " * 500}
+    code = {"cell_type": "code", "source": "#| exports\n\n" + "x = 1\n" * 60}
+    raw = {"cell_type": "raw", "source": "not counted " * 1000}
+    assert reading_minutes([prose, code, raw]) == 4  # 2.5 + 2 = 4.5, to the even side
+    assert reading_minutes([]) == 1
 
 
 def test_a_wheels_notebooks_come_before_a_checkouts(tmp_path, monkeypatch, write):
