@@ -7,6 +7,7 @@ import torch
 from jaxtyping import config
 
 SLOWEST_FIRST = ("test_notebooks.py", "test_repository.py")  # so that no worker waits at the end
+SECONDS = "shuffle_nb/seconds"  # in pytest's cache
 
 
 @pytest.fixture
@@ -27,17 +28,56 @@ def same_random_stream_for_each_test():
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the files whose single tests take longest."""
-    items.sort(key=lambda item: item.path.name not in SLOWEST_FIRST)
+def pytest_collection_modifyitems(config, items):
+    """Begin with the tests that took longest in the last run, or in the files that take longest."""
+    seconds = remembered(config)
+
+    def expected(item):
+        slow_file = item.path.name in SLOWEST_FIRST
+        return seconds.get(item.nodeid, 60 if slow_file else 0)
+
+    items.sort(key=expected, reverse=True)
 
 
-def pytest_terminal_summary(terminalreporter):
-    """List what the tests measured with `record_property`, such as a notebook's seconds."""
-    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-    rows = sorted({row for report in reports for row in report.user_properties if row[1]})
-    if rows:
+def remembered(config):
+    """The seconds of each test in earlier runs on this machine."""
+    cache = getattr(config, "cache", None)
+    return cache.get(SECONDS, {}) if cache else {}
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say what each notebook cost and how it reads, and what else tests recorded."""
+    reports = [r for name in ("passed", "failed") for r in terminalreporter.getreports(name)]
+    if getattr(config, "cache", None) and not hasattr(config, "workerinput"):
+        seconds = {report.nodeid: report.duration for report in reports}
+        config.cache.set(SECONDS, remembered(config) | seconds)
+    measured = dict(row for report in reports for row in report.user_properties)
+    notebooks = {name: value for name, value in measured.items() if isinstance(value, dict)}
+    if notebooks:
+        terminalreporter.section("notebooks")
+        for line in table(notebooks):
+            terminalreporter.write_line(line)
+    if others := {name: value for name, value in measured.items() if name not in notebooks}:
         terminalreporter.section("measured")
-        width = max(len(name) for name, _ in rows)
-        for name, value in rows:
-            terminalreporter.write_line(f"{name:<{width}}  {value}")
+        for name, value in sorted(others.items()):
+            terminalreporter.write_line(f"{name}  {value}")
+
+
+COLUMNS = {  # heading: how to write it
+    "seconds": lambda row: f"{row['seconds']:.1f}",
+    "training CPU s": lambda row: f"{row['training']:.1f}" if row.get("training") else "-",
+    "words": lambda row: f"{row['words']:,}",
+    "code lines": lambda row: f"{row['lines']:,}",
+    "cells over 15 lines": lambda row: f"{row['long']:.0%}",
+    "first result": lambda row: "-" if row["first"] is None else f"cell {row['first']}",
+}
+
+
+def table(notebooks):
+    """One line a notebook, the slowest first."""
+    order = sorted(notebooks, key=lambda name: -notebooks[name]["seconds"])
+    width = max(map(len, notebooks))
+    yield " ".join([" " * width, *(f"{heading:>{len(heading) + 1}}" for heading in COLUMNS)])
+    for name in order:
+        cells = [f"{write(notebooks[name]):>{len(head) + 1}}" for head, write in COLUMNS.items()]
+        yield " ".join([f"{name:<{width}}", *cells])

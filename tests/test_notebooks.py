@@ -1,124 +1,260 @@
 """Every notebook runs from top to bottom with its default parameters, and its claims hold."""
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import pytest
+import torch
+from after_a_notebook import try_wrong_answers, turn_every_control
 from ipywidgets import Checkbox, IntSlider
-from matplotlib.figure import Figure
+from jupyter_client.provisioning import local_provisioner
+from warm_kernels import WarmKernels
 
-from shuffle_nb.runner.catalogue import is_paper, read_cells, read_paper, stored_claims
+from shuffle_nb.foundations import figures
+from shuffle_nb.foundations.exercises import Exercise
+from shuffle_nb.runner.catalogue import is_paper, read_cells, read_paper, slug_of, stored_claims
 from shuffle_nb.runner.execute import execute, prepare
 
-ROOT = Path(__file__).parents[1] / "nbs"
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent / "nbs"
 NOTEBOOKS = [
     path
     for path in sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("*/*.ipynb")])
     if any(cell["cell_type"] == "code" for cell in read_cells(path))
 ]
-
-# Runs as the last cell of each paper, in the kernel that has just run the notebook. It does what a
-# reader does: it moves each control of each explorer, and looks whether the picture changes.
-TURN_EVERY_CONTROL = """
-def _turn_every_control():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    def picture(explorer):
-        canvas = FigureCanvasAgg(explorer.figure)
-        canvas.draw()
-        return canvas.get_width_height(), bytes(canvas.buffer_rgba())
-
-    def other_value(control):
-        if hasattr(control, "options"):
-            values = [o[1] if isinstance(o, tuple) else o for o in control.options]
-            return next(value for value in values if value != control.value)
-        if isinstance(control.value, bool):
-            return not control.value
-        if hasattr(control, "lower"):
-            low, high = control.value
-            step = control.step or 1
-            return (low, high - step) if high - step > low else (low, high + step)
-        if hasattr(control, "max"):
-            return control.max if control.value != control.max else control.min
-        raise AssertionError(f"no other value known for a {type(control).__name__}")
-
-    explorers = {name: value for name, value in globals().items() if name.startswith("explorer")}
-    assert explorers, "no variable named explorer..."
-    for explorer_name, explorer in explorers.items():
-        first = picture(explorer)
-        for name, control in explorer.controls.items():
-            before, control.value = control.value, other_value(control)
-            changed = picture(explorer)
-            print(f"{explorer_name}.{name}: {before!r} -> {control.value!r}")
-            assert changed != first, f"{explorer_name}: {name} changes nothing"
-            control.value = before
-            assert picture(explorer) == first, f"{explorer_name}: {name} does not come back"
+# Papers whose exercises are not yet in the form of foundations/08_exercises. The list only shrinks:
+# a paper that is not on it must have wrong answers for each check, and folded solutions.
+WAITING = {
+    "token_shuffle",
+    "layer_shuffle",
+    "hssda",
+    "exact_permutations",
+    "bias_loss",
+    "coordinate_attention",
+    "snnk",
+    "codebook_features",
+    "bows",
+    "reface",
+    "relactrl",
+}
+STARTS_COLD = "shuffles/01_token_shuffle"  # so that one notebook shows what a user's kernel does
+WIDGETS = "application/vnd.jupyter.widget-view+json"
 
 
-_turn_every_control()
-"""
-
-
-def test_a_control_that_changes_nothing_is_noticed():
-    def draw(alive, dead):
-        figure = Figure()
-        figure.subplots().plot([0, alive])
-        return figure
-
-    controls = {"alive": IntSlider(value=1, max=3), "dead": Checkbox()}
-    explorer = SimpleNamespace(controls=controls)
-
-    def redraw(change=None):
-        explorer.figure = draw(**{name: control.value for name, control in controls.items()})
-
-    redraw()
-    for control in controls.values():
-        control.observe(redraw, names="value")
-    with pytest.raises(AssertionError, match="explorer: dead changes nothing"):
-        exec(TURN_EVERY_CONTROL, {"explorer": explorer})
-    with pytest.raises(AssertionError, match="no variable named explorer"):
-        exec(TURN_EVERY_CONTROL, {})
+@pytest.fixture(scope="session")
+def warm_kernels():
+    """Kernels forked from a process with the libraries loaded; None where that is not safe."""
+    if sys.platform != "linux" or torch.accelerator.is_available():
+        yield None
+        return
+    with contextlib.closing(WarmKernels(local_provisioner.launch_kernel)) as kernels:
+        yield kernels
 
 
 @pytest.mark.parametrize(
     "source", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT).with_suffix(""))
 )
-def test_notebook_runs(source, tmp_path, monkeypatch, record_property):
+def test_notebook_runs(source, tmp_path, monkeypatch, record_property, warm_kernels):
+    place = source.relative_to(ROOT).with_suffix("").as_posix()
     paper = read_paper(source, strict=False)
-    notebook = nbformat.reads(prepare(paper, {}), as_version=4)
-    if is_paper(source, ROOT):
-        notebook.cells.append(nbformat.v4.new_code_cell(TURN_EVERY_CONTROL))
+    wrong_answers = TESTS / source.parent.name / f"wrong_answers_{paper.slug}.py"
+    notebook = json.loads(prepare(paper, {}))
+    notebook["cells"].append(last_cell(wrong_answers if wrong_answers.exists() else None))
     copy = tmp_path / source.name
-    nbformat.write(notebook, copy)
+    copy.write_text(json.dumps(notebook), encoding="utf-8")
     monkeypatch.chdir(tmp_path)  # a notebook must not depend on where it runs
+    if warm_kernels is not None and place != STARTS_COLD:
+        monkeypatch.setattr(local_provisioner, "launch_kernel", warm_kernels.launch)
 
     result = execute(copy, paper.slug)
 
-    record_property(f"seconds of {source.relative_to(ROOT)}", f"{result.seconds:5.1f}")
     # Only a paper's claims must hold: the foundations show what happens to one that does not.
     fine = result.ok or (result.status == "not held" and not is_paper(source, ROOT))
-    assert fine, f"{result.status} at {result.where}\n{result.error}"
-    cells = nbformat.read(copy, as_version=4).cells
+    assert fine, f"{result.status} {result.where}\n{result.error}"
+    *cells, last = read_cells(copy)
     for cell in cells:
-        if cell.cell_type == "code" and cell.source.strip():
-            assert cell.execution_count, f"was not executed: {cell.source}"
+        if cell["cell_type"] == "code" and cell["source"].strip():
+            assert cell["execution_count"], f"was not executed: {cell['source']}"
         for output in cell.get("outputs", []):
             assert output.get("name") != "stderr", (
-                f"{output['text']}\n... came from:\n{cell.source}"
+                f"{output['text']}\n... came from:\n{cell['source']}"
             )
+            assert WIDGETS not in output.get("data", {}), "a page without a kernel has a control"
+    found = {"training": None}
+    if result.ok:
+        found = json.loads("".join(last["outputs"][-1]["text"]))
+    record_property(place, sizes(read_cells(source)) | found | {"seconds": result.seconds})
     if is_paper(source, ROOT):
+        assert found["controls"], "no explorer, or one without controls"
         assert_claims(result.claims, source)
-        assert any("solution" in cell.metadata.get("tags", []) for cell in cells)
+        assert_exercises(cells, found, wrong_answers, slug_of(source))
+
+
+def last_cell(wrong_answers):
+    """The cell in which a notebook is looked back at, in the kernel that has just run it."""
+    path = None if wrong_answers is None else str(wrong_answers)
+    source = f"__import__('runpy').run_path({str(TESTS / 'after_a_notebook.py')!r})"
+    return {
+        "cell_type": "code",
+        "id": "look-back",
+        "metadata": {},
+        "source": f"{source}['look_back'](globals(), {path!r})",
+        "outputs": [],
+        "execution_count": None,
+    }
 
 
 def assert_claims(claims, source):
-    """They are emitted, hold, and are the ones that the committed notebook shows."""
+    """There are some, and they are the ones that the committed notebook shows."""
     assert claims, "no claims were emitted"
-    missed = [claim for claim in claims if not claim["holds"]]
-    assert not missed, json.dumps(missed, indent=1)
     stored = stored_claims(read_cells(source))
-    assert [claim["text"] for claim in claims] == [claim["text"] for claim in stored], (
+    assert [claim["id"] for claim in claims] == [claim["id"] for claim in stored], (
         "the committed notebook holds other claims: shuffle-nb refresh"
     )
+
+
+def assert_exercises(cells, found, wrong_answers, slug):
+    """Solutions are folded, output and all, and pass the checks, which reject wrong answers."""
+    solutions = [cell for cell in cells if "solution" in cell["metadata"].get("tags", [])]
+    assert solutions, "no cell is tagged solution"
+    if slug in WAITING:
+        return
+    assert found["checks"], "no exercise: your_turn registers none"
+    assert wrong_answers.exists(), f"needs {wrong_answers.relative_to(TESTS.parent)}"
+    for cell in solutions:
+        assert cell["metadata"].get("jupyter") == {"source_hidden": True, "outputs_hidden": True}
+        assert "#| code-fold: true\n#| code-summary: Solution\n" in cell["source"], cell["source"]
+    for check in found["checks"]:
+        assert any(f"{check}(" in cell["source"] for cell in solutions), (
+            f"no solution calls {check}"
+        )
+
+
+def test_papers_that_wait_are_papers():
+    assert {slug_of(path) for path in NOTEBOOKS if is_paper(path, ROOT)} >= WAITING
+
+
+@pytest.mark.parametrize(
+    "source", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT).with_suffix(""))
+)
+def test_no_control_is_stored_in_a_notebook(source):
+    if slug_of(source) in WAITING | {"tiny_diffusion"}:
+        pytest.skip("waits for its second edition")
+    stored = json.loads(source.read_text(encoding="utf-8"))
+    views = [
+        cell["source"]
+        for cell in stored["cells"]
+        for output in cell.get("outputs", [])
+        if WIDGETS in output.get("data", {})
+    ]
+    assert not views and "widgets" not in stored["metadata"], "shuffle-nb refresh"
+
+
+def sizes(cells):
+    """What a reader has before them: words, code lines, long cells, where the first result is."""
+    prose = [cell["source"] for cell in cells if cell["cell_type"] == "markdown"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    shown = [
+        lines_of(cell["source"])
+        for cell in code
+        if not cell["source"].startswith(("#| export\n", "#| hide"))
+        and not cell["metadata"].get("jupyter", {}).get("source_hidden")
+    ]
+    experiment = next(
+        (i for i, c in enumerate(cells) if "## Experiment" in c["source"]), len(cells)
+    )
+    pictures = [
+        place
+        for place, cell in enumerate(cells)
+        if place > experiment
+        and any(
+            {"image/png", "text/html"} & set(o.get("data", {})) for o in cell.get("outputs", [])
+        )
+    ]
+    return {
+        "words": sum(len(text.split()) for text in prose),
+        "lines": sum(lines_of(cell["source"]) for cell in code),
+        "long": sum(lines > 15 for lines in shown) / max(1, len(shown)),
+        "first": min(pictures, default=None),
+    }
+
+
+def lines_of(source):
+    return sum(bool(line.strip()) and not line.startswith("#|") for line in source.splitlines())
+
+
+# The checks above are themselves checked.
+
+
+def explorer_of(draw):
+    controls = {"alive": IntSlider(value=1, max=3), "dead": Checkbox()}
+    return figures.Explorer(draw, controls)
+
+
+def line(height):
+    figure, axis = figures.subplots()
+    axis.plot([0, height])
+    return figure
+
+
+def test_a_control_that_changes_nothing_is_noticed():
+    explorer = explorer_of(lambda alive, dead: line(alive))
+    with pytest.raises(AssertionError, match="explorer: dead = True changes nothing"):
+        turn_every_control({"explorer": explorer}, figures.Explorer)
+    explorer = explorer_of(lambda alive, dead: line(alive + dead / 2))
+    assert turn_every_control({"explorer": explorer}, figures.Explorer) == 2
+    assert explorer.controls["dead"].value is False
+
+
+def test_an_explorer_that_draws_by_chance_is_noticed():
+    explorer = explorer_of(lambda alive, dead: line(torch.rand(()).item()))
+    with pytest.raises(AssertionError, match="explorer: drawn again, it is another picture"):
+        turn_every_control({"explorer": explorer}, figures.Explorer)
+
+
+THREE = "def check_double__is_three(x): return 3\n"
+WRONG = {
+    "accepts": (
+        THREE + "def check_double__adds_one(x): return x + 1",
+        "accepts check_double__adds",
+    ),
+    "too few": (THREE, "needs two named wrong answers in .*, got .'check_double__is_three'"),
+    "unknown": (
+        THREE + "def check_duoble__is_four(x): return 4",
+        "to no exercise: .'check_double'",
+    ),
+    "silent": (THREE + "def check_double__is_0(x): return 0", "rejects .*_is_0 without a sentence"),
+}
+
+
+@pytest.mark.parametrize(("source", "message"), WRONG.values(), ids=WRONG)
+def test_a_check_that_accepts_too_much_is_noticed(source, message, tmp_path):
+    def check_double(answer):
+        if answer(1) == 0:
+            raise AssertionError
+        assert answer(1) == 2, "twice one is two"
+
+    path = tmp_path / "wrong.py"
+    path.write_text(source)
+    exercises = {"check_double": Exercise("double", check_double, "hint", 1, "easy")}
+    with pytest.raises(AssertionError, match=message):
+        try_wrong_answers({}, exercises, str(path))
+
+
+def test_wrong_answers_may_use_the_names_of_the_notebook(tmp_path):
+    def check_double(answer):
+        assert answer(1) == 2, "twice one is two"
+
+    path = tmp_path / "wrong.py"
+    path.write_text(
+        "def check_double__is_three(x): return offset + 3\n"
+        "def check_double__is_one(x): return helper(x)\n"
+        "def helper(x): return x\n"
+    )
+    names = {"offset": 0}
+    exercises = {"check_double": SimpleNamespace(check=check_double)}
+    assert try_wrong_answers(names, exercises, str(path)) == 2
+    assert names == {"offset": 0}
