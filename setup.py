@@ -52,7 +52,10 @@ setup(
     python_requires=f">={package['min_python']}",
     packages=[*find_packages(include=["shuffle_nb", "shuffle_nb.*"]), *notebook_packages],
     package_dir={"shuffle_nb": "shuffle_nb", "shuffle_nb.nbs": "nbs"},
-    package_data={"": ["*.safetensors", "py.typed"], **{name: ["*.ipynb"] for name in notebook_packages}},
+    package_data={
+        "": ["*.safetensors", "*.reference.json", "reference_agreement.json", "py.typed"],
+        **{name: ["*.ipynb"] for name in notebook_packages},
+    },
     install_requires=words("requirements"),
     extras_require={
         "notebooks": words("notebooks_requirements"),

@@ -275,19 +275,17 @@ def _ours(claim: Claim) -> str:
 # %% ../../nbs/foundations/03_claims.ipynb #8f0f2bb0
 def _reason(claim: Claim) -> str:
     """Say in one sentence why a claim is not met."""
-    start, count = f"{claim.id} {claim.verdict!r}: {claim.text}", len(claim.ours)
+    start, bound, control = f'"{claim.text}" ({claim.id})', _bound(claim), claim.control
     if claim.verdict == "too weak":
-        met = [value for value in claim.control.values if claim.meets(value)]
-        return (
-            f"{start}, but so does the control: {claim.control.name} measures "
-            f"{_told(claim, met[:1])}, which also meets the bound {_bound(claim)}"
-        )
+        met = _told(claim, filter(claim.meets, control.values))
+        return f"{start} is too weak: its control, {control.name}, meets {bound} as well ({met})"
     if claim.verdict == "shown after all":
-        return f"{start}, was not expected to show, but all of {_ours(claim)} meet {_bound(claim)}"
-    where, value = next((i, v) for i, v in enumerate(claim.ours) if not claim.meets(v))
-    place = f" in {KINDS[claim.kind]} {where + 1} of {count}" if count > 1 else ""
-    control = claim.control and f" ({claim.control.name}: {_told(claim, claim.control.values)})"
-    return f"{start}, measured {_told(claim, [value])}{place}, needed {_bound(claim)}{control or ''}"
+        return f"{start} is shown after all: {_ours(claim)} meets {bound}, so drop expected=False"
+    where = next(i for i, value in enumerate(claim.ours) if not claim.meets(value))
+    several = f"{KINDS[claim.kind]} {where + 1} of {len(claim.ours)} "
+    which = several if len(claim.ours) > 1 else ""
+    told = f"{start} fails: {which}measured {_told(claim, [claim.ours[where]])}, needed {bound}"
+    return f"{told} ({control.name}: {_told(claim, control.values)})" if control else told
 
 # %% ../../nbs/foundations/03_claims.ipynb #cell-011
 CLAIMS_MIME = "application/vnd.shuffle-nb.claims+json"
@@ -353,5 +351,5 @@ def check_claims(
     show_table(table, **{CLAIMS_MIME: {"claims": records, "date": today}})
     failed = [claim for claim in claims if claim.verdict not in ("holds", "not shown here")]
     if failed:
-        count = f"{len(failed)} of {len(claims)} claims not met"
-        raise ClaimNotMet("; ".join([f"{count}: {_reason(failed[0])}", *map(_reason, failed[1:])]))
+        count = f"{len(failed)} of {len(claims)} claims not met: "
+        raise ClaimNotMet(count + "; ".join(map(_reason, failed)))
