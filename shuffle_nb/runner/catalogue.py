@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FOUNDATION_FOLDERS', 'REQUIRED', 'MET', 'BadInput', 'Unreadable', 'nearest', 'notebook_root', 'slug_of', 'is_paper',
            'notebook_paths', 'Paper', 'title_facts', 'without_link', 'read_cells', 'as_number', 'read_paper', 'papers',
-           'find', 'match', 'claim_of', 'stored_claims', 'reading_minutes']
+           'find', 'match', 'OldClaim', 'claim_of', 'stored_claims', 'reading_minutes']
 
 # %% ../../nbs/runner/01_catalogue.ipynb #cell-003
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -245,10 +246,22 @@ def match(
 MET = ("holds", "not shown here")  # verdicts that a run may end with
 
 
+class OldClaim(Claim):
+    """A claim from before claims had kinds: a mean against a bound, and no control."""
+
+    def _require_that_it_can_be_refuted(self) -> None:
+        pass  # too late: it was stored
+
+
 def claim_of(
     record: dict,  # of one claim, as it came out of JSON
 ) -> Claim:
     """Make the claim anew from its record; ValueError and the like where that cannot be."""
+    if not record.get("kind"):
+        facts = {key: str(record[key]) for key in ("text", "relation", "paper", "unit")}
+        (ours,) = record["ours"] if isinstance(record["ours"], list) else [record["ours"]]
+        ours = math.nan if ours is None else float(ours)
+        return OldClaim("", kind="", ours=ours, bound=float(record["bound"]), **facts)
     texts = ("id", "text", "kind", "relation", "paper", "source", "unit")
     control = record["control"]
     return Claim(

@@ -237,12 +237,14 @@ def verbose_row(
 
 def agreement_of(
     paper: Paper,
-) -> str:  # such as `12 cases within 3e-7`
+) -> str:  # such as `4 of 4 reference cases agree, largest error 5e-10`
     """Say how many of the authors' own numbers our code reproduces, and how closely."""
     from shuffle_nb.foundations.reference import agreement
 
-    found = agreement(paper.slug)
-    return f"{found.cases} cases within {found.error:.0e}" if found else "-"
+    try:
+        return str(agreement(paper.slug))
+    except ValueError as error:  # a damaged file
+        return str(error)
 
 
 @app.command(
