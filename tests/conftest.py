@@ -1,5 +1,6 @@
 """What every test may use, and what the end of a test run says."""
 
+import json
 import sys
 
 import pytest
@@ -26,6 +27,35 @@ def plain_python():
 def same_random_stream_for_each_test():
     """No test depends on which tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def agree(request):
+    """Hold results against a case of the authors' own numbers, and against what was recorded.
+
+    `agree(case, results)`: every expected result must be there, and be near enough.
+    """
+    from shuffle_nb.foundations.reference import AGREEMENT_FILE
+
+    recorder = request.config.pluginmanager.get_plugin("tests.reference_record")
+
+    def check(case, results):
+        if recorder:
+            recorder.begin(case)
+        missing = [name for name in case.expected if name not in results]
+        assert not missing, f"{case.slug}, case {case.name!r}: no result for {', '.join(missing)}"
+        case.compare(results)
+        worst = max(case.differences(results), key=lambda difference: difference.size)
+        if recorder:
+            recorder.keep(case, worst)
+            return
+        recorded = json.loads(AGREEMENT_FILE.read_text()) if AGREEMENT_FILE.is_file() else {}
+        recorded = recorded.get(case.slug, {}).get(case.name)
+        told = f"{case.slug}, case {case.name!r}: {worst.result} differs by {worst.size:.2g}"
+        assert recorded, f"{told}, and nothing is recorded: call make reference"
+        assert worst.size <= recorded["allowed"], f"{told}, recorded is {recorded}"
+
+    return check
 
 
 def pytest_collection_modifyitems(config, items):
