@@ -35,7 +35,7 @@ def straight_through(
 #| code-fold: true
 SIMILARITIES = ("inner", "euclidean")
 LOSSES = ("base", "aeloss", "vqvae", "fullaeloss")
-MAX_SCORES = {"cpu": 2**20}  # scores held at a time: 4 MiB in float32
+MAX_SCORES = {"cpu": 2**19}  # scores held at a time: 2 MiB in float32
 MAX_SCORES_ELSEWHERE = 2**25  # a GPU wants large products
 
 
@@ -411,7 +411,7 @@ def add_codebooks(
             raise ValueError(f"names must be those of submodules, got {name!r}, which finds none")
         for place in found:
             if hasattr(modules[place], slot):
-                raise ValueError(f"names must find each place once, got a second {slot} at {place!r}")
+                raise ValueError(f"names must find places without {slot}, got {place!r}")
             chained = type(modules[place]).forward is nn.Sequential.forward
             if chained and where == "input":
                 raise ValueError(f"names must be the first part of {place!r} for its input")

@@ -16,18 +16,24 @@ from shuffle_nb.features.codebook_features import (
     CodebookLayer,
     CodebookTransformer,
     TokFSM,
+    add_codebooks,
     code_f1,
     code_purity,
     evaluating,
+    find_codebooks,
     first_transition_accuracy,
     init_codebooks,
     js_divergence,
+    k_means,
+    load_release,
     neuron_f1,
     next_state_probabilities,
+    recon_loss,
     snap,
     straight_through,
     swap_codes,
 )
+from shuffle_nb.foundations.reference import load_reference
 
 seeds = st.integers(0, 10_000)
 similarities = st.sampled_from(["inner", "euclidean"])
@@ -113,16 +119,16 @@ def test_a_code_of_length_zero_is_never_chosen_by_the_inner_product():
     assert (snap(z, codes, 1, "euclidean")[1] == 1).all()
 
 
-@given(seeds, st.integers(1, 3))
+@given(seeds, st.integers(1, 3), st.sampled_from([5, 50, 8 * 37, 2 * 8 * 37]))
 @settings(deadline=None, max_examples=25)
-def test_chunks_of_tokens_change_nothing(seed, k):
-    z, codes = normal(37, 6, seed=seed), normal(2, 8, 3, seed=seed)
-    whole, before = snap(z, codes, k), module.MAX_SCORES
-    module.MAX_SCORES = 50
+def test_pieces_of_tokens_and_groups_change_nothing(seed, k, limit):
+    z, codes = normal(37, 12, seed=seed), normal(4, 8, 3, seed=seed)
+    whole, before = snap(z, codes, k), dict(module.MAX_SCORES)
+    module.MAX_SCORES["cpu"] = limit
     try:
         parts = snap(z, codes, k)
     finally:
-        module.MAX_SCORES = before
+        module.MAX_SCORES.update(before)
     assert torch.equal(whole[1], parts[1]) and torch.equal(whole[0], parts[0])
 
 
@@ -367,32 +373,12 @@ def test_a_used_layer_can_be_copied_and_pickled():
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
-def test_kept_unit_codes_follow_the_codes():
+def test_codes_that_change_are_used_at_once():
     layer, x = layer_and_input()
     layer.eval().requires_grad_(False)
-    first = layer(x)
-    assert layer._kept_scoring is not None and torch.equal(layer(x), first)
-    fresh = normal(3, 9, 4, seed=7, dtype=torch.float64)
-    reference = snap(layer.normalise(x).flatten(-2), fresh, 2)
-    layer.codes.copy_(fresh)
-    assert torch.equal(layer(x), reference[0])
-    layer.load_state_dict(layer.state_dict() | {"codes": 2 * fresh})
-    assert torch.equal(layer(x), 2 * reference[0])
-    layer.codes = torch.nn.Parameter(fresh.clone(), requires_grad=False)
-    assert torch.equal(layer(x), reference[0])
-    assert torch.equal(
-        layer.float()(x.float()), snap(layer.normalise(x.float()).flatten(-2), fresh.float(), 2)[0]
-    )
-
-
-def test_codes_that_can_train_are_never_kept():
-    layer, x = layer_and_input()
-    layer.eval()
-    with torch.no_grad():
-        layer(x)
-        layer.codes.data.neg_()
-        out = layer(x)
-    assert torch.equal(out, snap(layer.normalise(x).flatten(-2), layer.codes, 2)[0])
+    layer(x)
+    layer.codes.data.neg_()
+    assert torch.equal(layer(x), snap(layer.normalise(x).flatten(-2), layer.codes, 2)[0])
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -508,6 +494,57 @@ def test_seeding_is_repeatable_and_needs_inputs():
     assert torch.equal(layer.codes, twin.codes)
     with pytest.raises(ValueError, match="at least one vector"):
         layer.init_from(x[:0])
+
+
+def test_k_means_finds_separate_clusters():
+    middles = 10 * torch.eye(4)
+    x = (middles.repeat_interleave(25, 0) + 0.1 * normal(100, 4))[torch.randperm(100)]
+    found = [k_means(x, 4, torch.Generator().manual_seed(s)) for s in range(8)]
+    error = [torch.cdist(x, centres).min(1).values.square().mean().item() for centres in found]
+    assert min(error) < 0.06  # 4 · 0.1²
+    best = found[error.index(min(error))]
+    assert (torch.cdist(best, middles).min(1).values < 0.1).all()
+
+
+def test_a_k_means_start_reconstructs_better_than_samples():
+    layer, x = layer_and_input(k=1, tokens=400, num_codes=9)
+    losses = []
+    for kmeans in (False, True):
+        layer.init_from(x, torch.Generator().manual_seed(0), kmeans)
+        layer.eval()(x)
+        losses.append(layer.recon_loss.item())
+    assert losses[1] < 0.95 * losses[0]
+
+
+def test_dead_codes_are_replaced_after_n_training_calls():
+    layer, x = layer_and_input(k=1, tokens=4, replace_after=3)
+    start = layer.codes.detach().clone()
+    for _ in range(3):
+        layer(x)
+    assert torch.equal(layer.codes, start)
+    used = layer.counts > 0
+    layer.eval()(x)
+    assert torch.equal(layer.codes, start)  # evaluation neither counts nor replaces
+    layer.train()(x)
+    assert torch.equal(layer.codes[used], start[used])
+    moved = (layer.codes != start).any(-1)
+    assert torch.equal(moved, ~used)
+    assert layer.counts.sum() == 4 * 3  # counted afresh since then
+    layer(x).sum().backward()  # replacing in place disturbs no gradient
+    with pytest.raises(ValueError, match="replace_after must be 0 or more"):
+        CodebookLayer(4, 4, replace_after=-1)
+
+
+@pytest.mark.parametrize("batch", [(5,), (2, 3)])
+def test_heads_may_have_a_dimension_of_their_own(batch):
+    layer, _ = layer_and_input()
+    x = normal(*batch, 12, dtype=torch.float64)
+    flat = layer(x)
+    ids, loss = layer.last_ids, layer.recon_loss
+    heads = layer(x.unflatten(-1, (3, 4)))
+    assert torch.equal(heads.flatten(-2), flat)
+    assert torch.equal(layer.last_ids, ids) and torch.equal(layer.recon_loss, loss)
+    layer.init_from(x.unflatten(-1, (3, 4)), kmeans=True)
 
 
 # --- interventions
@@ -637,9 +674,8 @@ def test_reset_forgets_everything():
 # --- the transformer
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_the_transformer_is_causal(positions):
-    model = tiny_model(positions=positions).eval()
+def test_the_transformer_is_causal():
+    model = tiny_model().eval()
     tokens = torch.randint(0, 6, (2, 7))
     changed = tokens.clone()
     changed[:, 4:] = (tokens[:, 4:] + 1) % 6
@@ -648,23 +684,12 @@ def test_the_transformer_is_causal(positions):
         assert not torch.allclose(model(tokens)[:, 4:], model(changed)[:, 4:])
 
 
-def test_rotary_scores_depend_on_distance_alone():
-    query, key = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
-    turned = [module.rotate_by_position(v.expand(1, 1, 9, 8)) for v in (query, key)]
-    scores = (turned[0] @ turned[1].mT)[0, 0]
-    for distance in range(-5, 6):
-        diagonal = scores.diagonal(distance)
-        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-5)
-
-
 def test_codebooks_have_names_groups_and_places():
     books = tiny_model(layers=3, heads=4, k=2).codebooks()
     assert list(books) == ["attn0", "mlp0", "attn1", "mlp1", "attn2", "mlp2"]
     assert [books[name].groups for name in ("attn0", "mlp0")] == [4, 1]
     assert all(layer.k == 2 and layer.num_codes == 32 for layer in books.values())
-    assert list(tiny_model(codebook_at=("mlp",)).codebooks()) == ["mlp0", "mlp1"]
-    plain = tiny_model(codebook_at=())
-    assert plain.codebooks() == {} and plain.recon_loss() == 0
+    assert recon_loss(torch.nn.Linear(2, 2)) == 0
 
 
 def test_the_codebook_sits_before_the_output_projection():
@@ -672,8 +697,8 @@ def test_the_codebook_sits_before_the_output_projection():
     block = model.blocks[0]
     block.project.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     model(torch.randint(0, 6, (2, 7)))
-    codes, ids = block.attn_codebook.codes, block.attn_codebook.last_ids
-    heads = [codes[h, ids[..., h, 0]] for h in range(2)]
+    book = block.project.input_codebook
+    heads = [book.codes[h, book.last_ids[..., h, 0]] for h in range(2)]
     assert torch.equal(seen["x"], torch.cat(heads, -1))
 
 
@@ -685,7 +710,7 @@ def test_recon_loss_sums_the_layers():
 
 
 def test_the_first_mlp_sees_the_token_alone():
-    model = tiny_model(positions="rotary").eval()
+    model = tiny_model().eval()
     model(torch.tensor([[5, 0, 1, 2], [5, 3, 4, 2]]))
     ids = model.codebooks()["mlp0"].last_ids
     assert torch.equal(ids[0, -1], ids[1, -1])
@@ -703,9 +728,7 @@ def test_one_step_of_training_moves_every_part():
     ("options", "message"),
     [
         ({"heads": 3}, "dim must be divisible by heads"),
-        ({"codebook_at": ("mlp", "residual")}, "codebook_at may hold"),
-        ({"positions": "sine"}, "positions must be"),
-        ({"positions": "rotary", "dim": 6}, "heads of even width"),
+        ({"k": 33}, "k must be in 1..num_codes"),
     ],
 )
 def test_transformer_says_what_is_wrong(plain_python, options, message):
@@ -718,20 +741,20 @@ def test_transformer_refuses_long_sequences(plain_python):
         tiny_model()(torch.zeros(1, 8, dtype=torch.long))
 
 
-def test_init_codebooks_samples_what_the_plain_network_has():
+@pytest.mark.parametrize("kmeans", [False, True])
+def test_init_codebooks_takes_what_arrives_front_to_back(kmeans):
     model, tokens, seen = tiny_model(num_codes=14), torch.randint(0, 6, (2, 7)), {}
-    model.codebooks()["mlp1"].enabled = False
-    for layer in model.codebooks().values():
-        layer.enabled = False
-    block = model.blocks[1]
-    block.mlp.register_forward_hook(lambda *call: seen.update(x=call[2]))
-    model(tokens)
-    init_codebooks(model, tokens, torch.Generator().manual_seed(0))
-    z = block.mlp_codebook.normalise(seen["x"]).view(14, 8 * 2)
-    codes = block.mlp_codebook.codes[0]
-    assert ((codes.unsqueeze(1) - z).abs().amax(-1).min(1).values < 1e-6).all()
-    assert model.training and not block.mlp_codebook.enabled  # as it was
-    assert not any(layer._forward_pre_hooks for layer in model.codebooks().values())
+    books = model.codebooks()
+    books["mlp1"].enabled = False
+    init_codebooks(model, tokens, generator=torch.Generator().manual_seed(0), kmeans=kmeans)
+    book = books["mlp1"]
+    book.register_forward_pre_hook(lambda layer, args: seen.update(z=layer.normalise(args[0])))
+    with evaluating(model):
+        model(tokens)
+    nearest = torch.cdist(book.codes[0], seen["z"].view(14, 16)).min(1).values
+    assert (nearest < 1e-4).all()  # as many codes as vectors: samples and centres are vectors
+    assert model.training and all(layer.enabled for layer in books.values())
+    assert [len(layer._forward_pre_hooks) for layer in books.values()] == [0, 0, 0, 1]
 
 
 def test_evaluating_restores_the_mode_after_an_error():
@@ -740,6 +763,237 @@ def test_evaluating_restores_the_mode_after_an_error():
         assert not model.training and not torch.is_grad_enabled()
         raise RuntimeError("inside")
     assert model.training and torch.is_grad_enabled()
+
+
+# --- around any network
+
+
+class Block(torch.nn.Module):
+    """Laid out as a block of GPT-NeoX: attention gives a tuple, the MLP a tensor."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self, dim):
+            super().__init__()
+            self.query_key_value = torch.nn.Linear(dim, 3 * dim)
+            self.dense = torch.nn.Linear(dim, dim)
+
+        def forward(self, x):
+            return self.dense(self.query_key_value(x).chunk(3, -1)[2]), None
+
+    def __init__(self, dim):
+        super().__init__()
+        self.attention = self.Attention(dim)
+        self.mlp = torch.nn.Sequential(
+            torch.nn.Linear(dim, 8), torch.nn.GELU(), torch.nn.Linear(8, dim)
+        )
+
+    def forward(self, x):
+        return x + self.attention(x)[0] + self.mlp(x)
+
+
+def stand_in(dim=12, layers=2, places=True):
+    class Body(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_in = torch.nn.Embedding(7, dim)
+            self.layers = torch.nn.ModuleList(Block(dim) for _ in range(layers))
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gpt_neox, self.embed_out = Body(), torch.nn.Linear(dim, 7)
+
+        def forward(self, tokens):
+            x = self.gpt_neox.embed_in(tokens)
+            for layer in self.gpt_neox.layers:
+                x = layer(x)
+            return self.embed_out(x)
+
+    model = Model()
+    if places:
+        heads = "gpt_neox.layers.*.attention.dense"
+        add_codebooks(model, heads, dim=dim, num_codes=9, where="input", groups=3, k=2)
+        add_codebooks(model, "gpt_neox.layers.*.mlp", dim=dim, num_codes=9)
+    return model
+
+
+def test_codebooks_are_found_added_and_trained():
+    model, tokens = stand_in(), torch.randint(0, 7, (4, 5))
+    books = find_codebooks(model)
+    assert len(books) == 4 and "gpt_neox.layers.1.attention.dense.input_codebook" in books
+    init_codebooks(model, tokens, kmeans=True)
+    (model(tokens).square().mean() + recon_loss(model)).backward()
+    assert all(layer.codes.grad.any() for layer in books.values())
+    names = dict(model.named_parameters())
+    assert all(f"{name}.codes" in names for name in books)
+
+
+def test_each_codebook_acts_once_at_its_place():
+    model, tokens = stand_in(layers=1), torch.randint(0, 7, (4, 5))
+    block = model.gpt_neox.layers[0]
+    with evaluating(model):
+        x = model.gpt_neox.embed_in(tokens)
+        value = block.attention.query_key_value(x).chunk(3, -1)[2]
+        dense, mlp = block.attention.dense, block.mlp
+        heads = F.linear(dense.input_codebook(value), dense.weight, dense.bias)
+        inside = mlp[2](mlp[1](mlp[0](x)))
+        wanted = model.embed_out(x + heads + mlp.output_codebook(inside))
+        assert torch.allclose(model(tokens), wanted, atol=1e-6)
+
+
+def test_switched_off_codebooks_leave_the_network_as_it_was():
+    torch.manual_seed(0)
+    plain = stand_in(places=False)
+    model, tokens = copy.deepcopy(plain), torch.randint(0, 7, (4, 5))
+    added = add_codebooks(model, ["gpt_neox.layers.*.attention", "embed_out"], dim=12, num_codes=9)
+    for layer in added.values():
+        layer.enabled = False
+    assert torch.equal(model(tokens), plain(tokens))
+    layer.enabled = True
+    layer.dim = layer.dim  # embed_out has width 7: the layer says so
+    with pytest.raises(ValueError, match="expected last dimension 12"):
+        model(tokens)
+
+
+def test_a_copy_has_codebooks_of_its_own():
+    model, tokens = stand_in(), torch.randint(0, 7, (4, 5))
+    twin = pickle.loads(pickle.dumps(tiny_model())) and copy.deepcopy(model)
+    assert torch.equal(model(tokens), twin(tokens))
+    for layer in find_codebooks(twin).values():
+        layer.codes.data.neg_()
+    assert not torch.equal(model(tokens), twin(tokens))
+
+
+def test_codes_of_a_wrapped_network_are_swapped():
+    model = stand_in().eval()
+    source, target = torch.randint(0, 7, (2, 3, 5))
+    name = "gpt_neox.layers.1.mlp.output_codebook"
+    swap_codes(model, source, target, name, position=2)
+    after = find_codebooks(model)[name].last_ids
+    model(target)
+    assert torch.equal(after[:, 2], find_codebooks(model)[name].last_ids[:, 2])
+
+
+def test_adding_says_what_is_wrong(plain_python):
+    model, options = stand_in(), {"dim": 12, "num_codes": 9}
+    with pytest.raises(ValueError, match="names must be those of submodules, got 'mlp'"):
+        add_codebooks(model, "mlp", **options)
+    with pytest.raises(ValueError, match="places without output_codebook"):
+        add_codebooks(model, "gpt_neox.layers.0.mlp", **options)
+    with pytest.raises(ValueError, match="where must be 'input' or 'output'"):
+        add_codebooks(model, "embed_out", where="middle", **options)
+    with pytest.raises(ValueError, match="names must be the first part of"):
+        add_codebooks(model, "gpt_neox.layers.0.mlp", where="input", **options)
+
+
+def released(model):
+    """The state dict that the authors' package would save for this network."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if "_codebook." not in name:
+            name = name.replace(".mlp.", ".mlp.module_layer.")
+            state[f"model.{name}"] = value
+    for name, layer in find_codebooks(model).items():
+        place = name.replace(".dense.input_codebook", "").replace(".output_codebook", "")
+        for group in range(layer.groups):
+            part = f"model.{place}.codebook_layer"
+            part += f".codebook.{group}" if layer.groups > 1 else ""
+            state[f"{part}.codebook.weight"] = layer.codes[group].detach()
+            state[f"{part}.ln.weight"] = layer.norm_weight[group].detach()
+            state[f"{part}.ln.bias"] = layer.norm_bias[group].detach()
+    return state
+
+
+def test_a_released_checkpoint_is_read():
+    model, tokens = stand_in(), torch.randint(0, 7, (4, 5))
+    for layer in find_codebooks(model).values():
+        layer.norm_bias.data.normal_()
+    state = released(model) | {"model.gpt_neox.layers.0.attention.bias": torch.ones(1)}
+    other = stand_in()
+    assert not torch.equal(other(tokens), model(tokens))
+    assert load_release(other, state) == ["gpt_neox.layers.0.attention.bias"]
+    assert torch.equal(other(tokens), model(tokens))
+
+
+def test_a_release_that_does_not_fit_is_refused(plain_python):
+    model = stand_in()
+    state = released(model)
+    some = {n: v for n, v in state.items() if "layers.1.mlp.codebook_layer" not in n}
+    with pytest.raises(ValueError, match="codebooks must stand at"):
+        load_release(stand_in(), some)
+    with pytest.raises(ValueError, match="must hold the whole network"):
+        load_release(stand_in(), {n: v for n, v in state.items() if "embed_out" not in n})
+    name = "model.gpt_neox.layers.0.mlp.codebook_layer.codebook.weight"
+    with pytest.raises(ValueError, match="must have equal shapes"):
+        load_release(stand_in(), state | {name: torch.zeros(10, 12)})
+
+
+# --- against the authors' code
+
+
+def reference_layer(case):
+    options = {key: case.settings[key] for key in ("k", "groups", "similarity", "loss")}
+    options |= {"beta": case.settings["beta"]} if "beta" in case.settings else {}
+    given = case.tensors
+    groups, n, width = given["codes"].shape
+    layer = CodebookLayer(groups * width, n, **options).double()
+    for name in ("codes", "norm_weight", "norm_bias"):
+        getattr(layer, name).data = given[name].clone()
+    return layer
+
+
+def with_gradients(case):
+    layer, x = reference_layer(case), case.tensors["x"].clone().requires_grad_()
+    out = layer(x)
+    ((out * case.tensors["weight"]).sum() + layer.recon_loss).backward()
+    found = {"output": out, "ids": layer.last_ids, "gradient w.r.t. x": x.grad}
+    for name, part in (("the codes", "codes"), ("norm_weight", "norm_weight")):
+        found[f"gradient w.r.t. {name}"] = getattr(layer, part).grad
+    return found | {"gradient w.r.t. norm_bias": layer.norm_bias.grad}
+
+
+def after_training(case):
+    layer, settings_ = reference_layer(case), case.settings
+    x, target = case.tensors["x"], case.tensors["target"]
+    descent = torch.optim.AdamW(layer.parameters(), lr=settings_["lr"], weight_decay=0.01)
+    losses = []
+    for _ in range(settings_["steps"]):
+        task = (layer(x) - target).square().mean()
+        descent.zero_grad()
+        (task + layer.recon_loss).backward()
+        descent.step()
+        losses.append(task.detach())
+    layer.eval()
+    found = {
+        "task losses": torch.stack(losses),
+        "codes afterwards": layer.codes,
+        "norm_weight afterwards": layer.norm_weight,
+    }
+
+    def look(name):
+        found[f"output{name}"], found[f"ids{name}"] = layer(x), layer.last_ids
+
+    look("")
+    layer.disable_codes(settings_["disabled"])
+    look(", codes disabled")
+    layer.reset()
+    bad = torch.tensor(settings_["disabled"])
+    with layer.intervene(lambda ids: ids.masked_fill(torch.isin(ids, bad), -1)):
+        look(", slots ablated")
+    return found
+
+
+RECOMPUTE = {
+    "three codes of nine, aeloss": with_gradients,
+    "three groups, two codes each, fullaeloss": with_gradients,
+    "euclidean, one code, vqvae with beta 0.4, batch of one": with_gradients,
+    "four steps of AdamW, then codes disabled and ablated": after_training,
+}
+
+
+@pytest.mark.parametrize("case", [*load_reference("codebook_features")], ids=lambda c: c.name)
+def test_against_the_authors_code(case, agree):
+    agree(case, RECOMPUTE[case.name](case))
 
 
 # --- swapping codes
