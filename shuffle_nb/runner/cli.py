@@ -211,7 +211,7 @@ def list_papers(
     """Show every paper that has a notebook."""
     papers = catalogue.papers(family)
     if verbose:
-        headings = ("name", "authors", "year", "venue", "minutes", "claims", "authors' numbers")
+        headings = ("name", "authors", "year", "venue", "minutes", "claims", "reference cases")
         show(Table(headings, [verbose_row(paper) for paper in papers]))
         return
     headings = ("name", "family", "title", "year", "arxiv", "categories", "minutes")
@@ -237,14 +237,13 @@ def verbose_row(
 
 def agreement_of(
     paper: Paper,
-) -> str:  # such as `4 of 4 reference cases agree, largest error 5e-10`
+) -> str:  # such as `12 of 12 within 3e-07`
     """Say how many of the authors' own numbers our code reproduces, and how closely."""
     from shuffle_nb.foundations.reference import agreement
 
-    try:
-        return str(agreement(paper.slug))
-    except ValueError as error:  # a damaged file
-        return str(error)
+    found = agreement(paper.slug)
+    within = f" within {found.largest:.0e}" if found.agree else ""
+    return f"{found.agree} of {found.cases}{within}" if found.cases else "-"
 
 
 @app.command(

@@ -650,13 +650,15 @@ def signals_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # its start would let the signals through again
     came = []
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
         handler = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    held = {signal.SIGINT, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
+        resource_tracker.ensure_running()  # lets SIGINT through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
         yield
     finally:
         if in_main_thread:

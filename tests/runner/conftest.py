@@ -81,6 +81,7 @@ def start(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",
             start_new_session=True,
             preexec_fn=listen_to_ctrl_c,
             env={**os.environ, **environment},
