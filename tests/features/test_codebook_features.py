@@ -839,6 +839,11 @@ def test_each_codebook_acts_once_at_its_place():
         inside = mlp[2](mlp[1](mlp[0](x)))
         wanted = model.embed_out(x + heads + mlp.output_codebook(inside))
         assert torch.allclose(model(tokens), wanted, atol=1e-6)
+    for layer in find_codebooks(model).values():
+        layer.reset()
+    model(tokens)
+    for layer in find_codebooks(model).values():  # a codebook that acts twice counts twice
+        assert layer.counts.sum() == tokens.numel() * layer.groups * layer.k
 
 
 def test_switched_off_codebooks_leave_the_network_as_it_was():
@@ -849,8 +854,7 @@ def test_switched_off_codebooks_leave_the_network_as_it_was():
     for layer in added.values():
         layer.enabled = False
     assert torch.equal(model(tokens), plain(tokens))
-    layer.enabled = True
-    layer.dim = layer.dim  # embed_out has width 7: the layer says so
+    layer.enabled = True  # at embed_out, whose width is 7
     with pytest.raises(ValueError, match="expected last dimension 12"):
         model(tokens)
 
