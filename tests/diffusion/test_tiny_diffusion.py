@@ -18,8 +18,13 @@ from shuffle_nb.diffusion import tiny_diffusion
 from shuffle_nb.diffusion.tiny_diffusion import (
     SHIPPED,
     EDMPrecond,
+    TinyDiT,
+    TinyDiTBlock,
     TinyUNet,
     UNetBlock,
+    cosine_levels,
+    ddim_step,
+    diffuse,
     digit_classifier,
     digit_features,
     digit_images,
@@ -31,17 +36,28 @@ from shuffle_nb.diffusion.tiny_diffusion import (
     frechet_floor,
     group_norm,
     learning_rate,
+    load_tiny_dit,
     load_tiny_edm,
     load_weights,
+    make_base_weights,
     make_weights,
     noise_images,
+    noise_loss,
+    predict_image,
     sample_euler,
     sample_heun,
+    sample_stochastic,
     save_weights,
+    scaled_linear_schedule,
+    table_levels,
+    train_tiny_dit,
     train_tiny_edm,
     unet_entries,
+    waves,
 )
 from shuffle_nb.foundations.costs import count_flops
+from shuffle_nb.foundations.datasets import digits
+from shuffle_nb.foundations.reference import load_reference
 
 NAMES = [
     *["enc.8_conv", "enc.8_b0", "enc.4_down", "enc.4_b0"],
@@ -303,7 +319,8 @@ def test_labels_are_integers_or_one_hot_rows_and_enter_before_the_last_activatio
     label, c_noise = torch.tensor([4, 0, 2]), torch.tensor([0.1, 0.2, 0.3])
     one_hot = F.one_hot(label, 5)
     wave = torch.cat(
-        [f(c_noise[:, None] * unet.embed.frequencies) for f in (torch.cos, torch.sin)], 1
+        [f(c_noise[:, None] * 10_000.0 ** -(torch.arange(4) / 4)) for f in (torch.cos, torch.sin)],
+        1,
     )
     before = unet.embed.map1(F.silu(unet.embed.map0(wave)))
     expected = F.silu(before + one_hot.float() @ unet.embed.map_label.weight.T)
@@ -842,6 +859,321 @@ def test_the_floor_is_real_against_real_and_falls_with_the_number():
     assert frechet_distance(digit_features(noise), real) > 20 * max(many)
 
 
+# ---------------------------------------------------------------- times and levels of any type
+
+
+def test_waves_are_the_formula_and_count_in_32_bits():
+    places, dim = torch.tensor([0.0, 0.7, 997.0], dtype=torch.float64), 12
+    rates = torch.tensor([10_000.0 ** -(k / 6) for k in range(6)], dtype=torch.float64)
+    expected = torch.cat([(places[:, None] * rates).sin(), (places[:, None] * rates).cos()], 1)
+    torch.testing.assert_close(waves(places, dim), expected)
+    torch.testing.assert_close(
+        waves(places, dim, cosine_first=True), torch.cat(expected.chunk(2, 1)[::-1], 1)
+    )
+    for kind in (torch.int32, torch.int64, torch.bfloat16, torch.float16):
+        values = torch.tensor([1, 3, 64]).to(kind)
+        assert torch.equal(waves(values, dim), waves(values.float(), dim)), kind
+
+
+@pytest.mark.parametrize("load", [load_tiny_dit, load_tiny_edm])
+def test_whole_number_times_mean_what_float_times_mean(load):
+    model, x = load(), torch.randn(2, 1, 8, 8)
+    assert torch.equal(model(x, torch.tensor([1, 1])), model(x, torch.tensor([1.0, 1.0])))
+
+
+@pytest.mark.parametrize("load", [load_tiny_dit, load_tiny_edm])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_takes_times_of_any_type(load, kind):
+    model, x, t = load().to(kind), torch.randn(4, 1, 8, 8).to(kind), torch.rand(4) + 0.01
+    exact = load()(x.float(), t)
+    for times in (t, t.double()):
+        out = model(x, times)
+        assert out.dtype == kind
+        assert (out - exact).abs().max() < 0.15
+    assert model(x, torch.tensor([1, 1, 1, 1])).dtype == kind
+
+
+def test_half_precision_times_lose_nothing_beyond_their_own_rounding():
+    """A thousand times the time does not fit into 8 bits: the model widens before it multiplies."""
+    t, base = torch.rand(256).bfloat16(), load_tiny_dit()
+    assert torch.equal(base.time(t)[0], base.time(t.float())[0])
+
+
+def test_the_denoiser_exports_with_a_dynamic_batch():
+    from torch.export import Dim, export
+
+    n, model = Dim("n", min=2, max=64), awake(EDMPrecond(TinyUNet(8)))
+    sizes = ({0: n}, {0: n})
+    program = export(model, (torch.randn(3, 1, 8, 8), torch.ones(3)), dynamic_shapes=sizes)
+    for count in (2, 5):
+        x, sigma = torch.randn(count, 1, 8, 8), torch.rand(count) + 0.1
+        torch.testing.assert_close(program.module()(x, sigma), model(x, sigma))
+
+
+# ---------------------------------------------------------------- labels that are left out
+
+
+def test_labels_are_left_out_at_their_rate_in_training_only():
+    unet = small_unet(label_dim=3, label_dropout=0.25)
+    label, c_noise = torch.zeros(4000, dtype=torch.long), torch.zeros(1)
+    unet.embed.eval()
+    with_label, without = unet.embed(c_noise, label)[:1], unet.embed(c_noise)
+    unet.embed.train()
+    rows = unet.embed(c_noise, label)
+    left_out = torch.isclose(rows, without, atol=1e-6).all(1)
+    assert torch.isclose(rows[~left_out], with_label, atol=1e-6).all()
+    assert abs(left_out.float().mean() - 0.25) < 0.03
+    labels = torch.arange(128) % 2
+    images = torch.randn(128, 1, 8, 8)
+    model, _ = train_tiny_edm(0, 8, 2, images=images, labels=labels, label_dropout=0.5)
+    assert model.unet.embed.label_dropout == 0.5
+
+
+# ---------------------------------------------------------------- the stochastic sampler
+
+
+def plain_stochastic(net, z, sigmas, churn, low, high, size, noises):
+    """Algorithm 2 of EDM, line by line, with given noises."""
+    x, n = z * sigmas[0], len(sigmas) - 1
+    for i in range(n):
+        t = sigmas[i]
+        gamma = min(churn / n, math.sqrt(2) - 1) if low <= t <= high else 0.0
+        t_hat = t + gamma * t
+        if gamma > 0:
+            x = x + (t_hat**2 - t**2).sqrt() * size * noises.pop(0)
+        d = (x - net(x, t_hat)) / t_hat
+        following = x + (sigmas[i + 1] - t_hat) * d
+        if i + 1 < n:
+            d2 = (following - net(following, sigmas[i + 1])) / sigmas[i + 1]
+            following = x + (sigmas[i + 1] - t_hat) * (0.5 * d + 0.5 * d2)
+        x = following
+    return x
+
+
+@pytest.mark.parametrize(
+    ("churn", "low", "high", "size"), [(3.0, 0.05, 50, 1.003), (40.0, 0.0, 9.0, 1.0), (1, 2, 1, 1)]
+)
+def test_stochastic_sampler_is_the_papers_algorithm(churn, low, high, size):
+    z, sigmas = torch.randn(2, 1, 3, 4, dtype=torch.float64), edm_sigmas(7, smax=20).double()
+    draw = seeded(5)
+    noises = [torch.randn(z.shape, generator=draw, dtype=z.dtype) for _ in range(7)]
+    expected = plain_stochastic(oracle_net, z, sigmas, churn, low, high, size, noises)
+    found = sample_stochastic(oracle_net, z, sigmas, churn, low, high, size, seeded(5))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_without_churn_it_is_heun_and_with_churn_the_spread_stays_right():
+    z, sigmas = torch.randn(4000, 1, 1, 1), edm_sigmas(40)
+    calm = sample_stochastic(gaussian_denoiser, z, sigmas, churn=0)
+    torch.testing.assert_close(calm, sample_heun(gaussian_denoiser, z, sigmas))
+    stirred = sample_stochastic(
+        gaussian_denoiser, z, sigmas, churn_noise=1.0, churn_min=0, generator=seeded()
+    )
+    assert abs(stirred.std() - 0.5) < 0.03
+    assert (stirred - calm).abs().mean() > 0.1
+
+
+# ---------------------------------------------------------------- the other notation
+
+
+def test_diffusion_and_its_inverse_under_both_schedules():
+    x, noise = torch.randn(2, 5, 1, 8, 8)
+    t = 0.98 * torch.rand(5)
+    torch.testing.assert_close(predict_image(diffuse(x, noise, t), noise, t), x, atol=1e-4, rtol=0)
+    assert torch.equal(diffuse(x, noise, torch.zeros(5)), x)
+    torch.testing.assert_close(diffuse(x, noise, torch.ones(5)), noise, atol=1e-6, rtol=0)
+    levels, steps = table_levels(scaled_linear_schedule()), torch.tensor([0, 3, 400, 800, 999])
+    noisy = diffuse(x, noise, steps, levels)
+    torch.testing.assert_close(predict_image(noisy, noise, steps, levels), x, atol=1e-4, rtol=1e-4)
+    signal, spread = levels(steps)
+    torch.testing.assert_close(signal**2 + spread**2, torch.ones(5))
+    assert diffuse(x.bfloat16(), noise.bfloat16(), t).dtype == torch.bfloat16
+
+
+def test_a_ddim_step_is_one_of_euler_in_the_other_notation():
+    z, eps = torch.randn(2, 7, dtype=torch.float64)
+    for a_t, a_prev in ((0.2, 0.5), (0.6, 1.0)):
+        now, then = (math.sqrt((1 - a) / a) for a in (a_t, a_prev))
+        expected = math.sqrt(a_prev) * (z / math.sqrt(a_t) + (then - now) * eps)
+        torch.testing.assert_close(ddim_step(z, eps, a_t, a_prev)[0], expected)
+    t = torch.tensor([0.3])
+    signal, spread = cosine_levels(t)
+    torch.testing.assert_close(spread / signal, (torch.pi * t / 2).tan())
+
+
+def test_noise_loss_is_the_squared_error_of_the_noise():
+    images, t = torch.randn(6, 1, 8, 8), torch.full((6,), 0.5)
+    seen, told = [], torch.ones(6)
+
+    def model(noisy, t, *condition):
+        seen.append((noisy, t, condition))
+        return torch.zeros_like(noisy)
+
+    loss = noise_loss(model, images, told, t=t, generator=seeded(3))
+    noise = torch.randn(images.shape, generator=seeded(3))
+    torch.testing.assert_close(loss, noise.square().mean())
+    noisy, times, condition = seen[0]
+    torch.testing.assert_close(noisy, diffuse(images, noise, t))
+    assert times is t and condition[0] is told
+    noise_loss(model, images)
+    assert seen[1][1].min() >= 0.01 and seen[1][1].max() <= 0.99
+
+
+# ---------------------------------------------------------------- the small Transformer
+
+
+def test_patches_become_tokens_and_an_untrained_transformer_predicts_nothing():
+    base, x = TinyDiT(dim=16, depth=1), torch.randn(2, 1, 8, 8)
+    assert base.embed(x).shape == (2, 16, 16)
+    assert base.places.unique(dim=0).shape == (16, 16)
+    assert not base(x, torch.rand(2)).any()
+    pixels = torch.arange(64.0).view(1, 1, 8, 8)  # a pixel of the output is that of its own patch
+    assert torch.equal(F.fold(F.unfold(pixels, 2, stride=2), 8, 2, stride=2), pixels)
+
+
+def test_its_block_is_adaptive_attention_and_mlp():
+    block = TinyDiTBlock(8, 2).double()
+    x, t_mod = torch.randn(2, 4, 8).double(), torch.randn(2, 48).double()
+    a, b, g, a2, b2, g2 = (block.table + t_mod.view(2, 6, 8))[:, :, None].unbind(1)
+    q, k, v = block.qkv(F.layer_norm(x, (8,), eps=1e-6) * (1 + b) + a).chunk(3, dim=2)
+    heads = [
+        torch.softmax(q[:, :, h] @ k[:, :, h].mT / 2, -1) @ v[:, :, h]
+        for h in (slice(0, 4), slice(4, 8))
+    ]
+    expected = x + g * block.proj(torch.cat(heads, 2))
+    expected = expected + g2 * block.mlp(F.layer_norm(expected, (8,), eps=1e-6) * (1 + b2) + a2)
+    torch.testing.assert_close(block(x, t_mod), expected)
+
+
+def test_the_shipped_transformer_loads_and_has_learned():
+    base, images = load_tiny_dit(), digits(0).test_images * 2 - 1
+    with torch.no_grad():
+        losses = [noise_loss(base, images).item() for _ in range(3)]
+    assert sum(losses) / 3 < 0.25
+    assert not base.training
+
+
+def test_its_training_is_repeatable_and_leaves_the_global_stream_alone():
+    images = digits(0).train_images[:64] * 2 - 1
+    options = dict(steps=3, batch_size=16, dim=16, depth=2, device="cpu")
+    state = torch.get_rng_state()
+    (one, history), (two, _) = (train_tiny_dit(images, seed=1, **options) for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert history.steps == 3 and not one.training
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_of_the_transformer_are_never_overwritten(tmp_path, monkeypatch):
+    file = tmp_path / "base.safetensors"
+    file.write_text("mine")
+    monkeypatch.setattr(tiny_diffusion, "train_tiny_dit", lambda *a, **k: (TinyDiT(), None))
+    with pytest.raises(ValueError, match=r"base\.safetensors"):
+        make_base_weights(torch.zeros(50, 1, 8, 8), file)
+    assert file.read_text() == "mine"
+    assert len(make_base_weights(torch.zeros(50, 1, 8, 8), tmp_path / "new.safetensors")) == 64
+
+
+# ---------------------------------------------------------------- the authors' own numbers
+
+
+def oracle_net(x, sigma):
+    """The network of the reference cases: a shrunken input with a bent part."""
+    return 0.25 / (sigma**2 + 0.25) * x + 0.2 * x.sin() / (1 + sigma)
+
+
+def blocks_of_the_authors(case):
+    x, emb = (case.tensors[name].requires_grad_() for name in ("x", "emb"))
+    results, total = {}, 0
+    built = {}
+    for kind, (before, after) in case.settings["kinds"].items():
+        block = built[kind] = UNetBlock(before, after, case.settings["emb_dim"], kind).double()
+        theirs = {"gn0": "norm0", "gn1": "norm1"}
+        block.load_state_dict(
+            {
+                name: case.tensors[f"{kind}.{theirs.get(part, part)}.{rest}"]
+                for name in block.state_dict()
+                for part, rest in [name.split(".")]
+            }
+        )
+        out = results[f"output, {kind}"] = block(x, emb)
+        total = total + out.square().sum()
+    total.backward()
+    return results | {
+        "gradient w.r.t. x": x.grad,
+        "gradient w.r.t. emb": emb.grad,
+        "gradient w.r.t. the down block's conv0.weight": built["down"].conv0.weight.grad,
+        "gradient w.r.t. the up block's affine.weight": built["up"].affine.weight.grad,
+        "gradient w.r.t. the up block's skip.weight": built["up"].skip.weight.grad,
+    }
+
+
+def network_of_the_authors(case):
+    model = EDMPrecond(TinyUNet(case.settings["ch"], label_dim=3)).double()
+    names = {"map0": "map_layer0", "map1": "map_layer1", "gn0": "norm0", "gn1": "norm1"}
+
+    def theirs(name):
+        name = name.replace("8_", "8x8_").replace("4_", "4x4_").replace("_b", "_block")
+        parts = [names.get(part, part) for part in name.split(".")]
+        return ".".join(part for part in parts if part not in ("unet", "embed"))
+
+    model.load_state_dict({name: case.tensors[theirs(name)] for name in model.state_dict()})
+    x = case.tensors["x"].requires_grad_()
+    sigma = torch.tensor(case.settings["sigma"], dtype=torch.float64)
+    label = torch.tensor(case.settings["label"])
+    denoised, features = model(x, sigma, label, return_features=True)
+    denoised.square().sum().backward()
+    return {
+        "D": denoised,
+        **{
+            f"output of {name}": features[name]
+            for name in ("enc.4_down", "dec.4_in0", "dec.4_b1", "dec.8_up")
+        },
+        "gradient w.r.t. x": x.grad,
+        "gradient w.r.t. the first convolution": model.unet.enc["8_conv"].weight.grad,
+        "gradient w.r.t. map_label.weight": model.unet.embed.map_label.weight.grad,
+        "D without label": model(x, 0.7),
+    }
+
+
+def numbers_of_the_authors(case):
+    names = ("c_skip", "c_out", "c_in", "c_noise")
+    sigma = torch.tensor(case.settings["sigma"], dtype=torch.float64)
+    r, y, n, a, b = (case.tensors[name] for name in ("r", "y", "n", "a", "b"))
+    s = (1.2 * r - 1.2).exp().view(-1, 1, 1, 1)
+    error = edm_weight(s) * (oracle_net(y + s * n, s) - y).square()
+    return dict(zip(names, edm_coefficients(sigma), strict=True)) | {
+        "weight": edm_weight(sigma),
+        "weighted error": error,
+        "mean of it": error.mean(),
+        "Frechet distance": frechet_distance(a, b),
+    }
+
+
+def samplers_of_the_authors(case):
+    numbers, z = case.settings, case.tensors["z"]
+    sigmas = edm_sigmas(numbers["n"], numbers["smin"], numbers["smax"], numbers["rho"])
+    return {
+        "sigmas": sigmas,
+        "Heun": sample_heun(oracle_net, z, sigmas),
+        "Euler": sample_euler(oracle_net, z, sigmas),
+        "Heun, default levels": sample_heun(oracle_net, z, edm_sigmas(18)),
+    }
+
+
+RECOMPUTE = {
+    "blocks: plain, down, up, rectangular": blocks_of_the_authors,
+    "whole network under the preconditioning, labels, two noise levels": network_of_the_authors,
+    "coefficients, loss and Frechet distance": numbers_of_the_authors,
+    "samplers, five levels": samplers_of_the_authors,
+}
+
+
+@pytest.mark.parametrize("case", [*load_reference("tiny_diffusion")], ids=lambda case: case.name)
+def test_against_the_authors_code(case, agree):
+    agree(case, RECOMPUTE[case.name](case))
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -875,16 +1207,19 @@ class TestBadInput:
             (lambda: TinyUNet(8, (1, 1, 1), resolution=6), "divisible by 4 for 3 levels"),
             (lambda: group_norm(2), "got 2"),
             (lambda: group_norm(132), "got 132"),
-            (lambda: UNetBlock(8, 8, 16, "sideways"), "kind must be 'block', 'down' or 'up'"),
+            (
+                lambda: UNetBlock(8, 8, 16, "sideways"),
+                r"kind must be one of \['block', 'down', 'up'\], got 'sideways'",
+            ),
             (lambda: called(x=torch.zeros(2, 3, 8, 8)), r"x must be \(batch, 1, 8, 8\)"),
-            (lambda: called(x=torch.zeros(2, 1, 4, 4)), r"got \(2, 1, 4, 4\)"),
-            (lambda: called(x=torch.zeros(1, 8, 8)), r"got \(1, 8, 8\)"),
+            (lambda: called(x=torch.zeros(2, 1, 4, 4)), r"got shape \(2, 1, 4, 4\)"),
+            (lambda: called(x=torch.zeros(1, 8, 8)), r"got shape \(1, 8, 8\)"),
             (lambda: called(c_noise=torch.zeros(3)), "one for each of 2 images"),
             (lambda: called(c_noise=torch.zeros(2, 1)), r"c_noise .* got shape \(2, 1\)"),
             (lambda: called(label=torch.tensor([0, 1])), "built with label_dim=0"),
             (
                 lambda: called(TinyUNet(8, label_dim=3), label=torch.tensor([0, 3])),
-                r"label must be in 0\.\.2, got 0\.\.3",
+                r"label must be in 0\.\.2, got 0 to 3",
             ),
             (
                 lambda: called(TinyUNet(8, label_dim=3), label=torch.tensor([-1, 2])),
@@ -892,9 +1227,21 @@ class TestBadInput:
             ),
             (
                 lambda: called(TinyUNet(8, label_dim=3), label=torch.tensor([0.0, 1.0])),
-                r"integers \(batch,\) or one-hot \(batch, 3\)",
+                "label must be whole numbers, got torch.float32",
             ),
-            (lambda: called(TinyUNet(8, label_dim=3), label=torch.zeros(2, 4)), "one-hot"),
+            (
+                lambda: called(TinyUNet(8, label_dim=3), label=torch.zeros(2, 4)),
+                r"label must be \(batch, 3\)",
+            ),
+            (lambda: TinyUNet(8, label_dim=3, label_dropout=1.5), r"label_dropout must be in \[0"),
+            (lambda: TinyDiT(dim=18), "dim must be divisible by 4"),
+            (lambda: TinyDiT(dim=48, num_heads=5), "dim must be divisible by num_heads 5"),
+            (lambda: TinyDiT(size=9), "size must be divisible by patch 2"),
+            (lambda: TinyDiT(dim=8).embed(torch.zeros(1, 1, 9, 9)), r"image must be \(batch, 1, 8"),
+            (
+                lambda: sample_stochastic(gaussian_denoiser, X, edm_sigmas(3), churn=math.nan),
+                "churn must be finite",
+            ),
             (lambda: called(TinyUNet(8, label_dim=3), label=torch.tensor([0])), "have 2 rows"),
             (lambda: called(skip_scale=[1.0] * 3), "expected 4 coefficients, one per skip.*got 3"),
             (lambda: called(skip_scale=[torch.ones(2)] * 4), r"\(batch, 1, 1, 1\), got \(2,\)"),
@@ -906,13 +1253,19 @@ class TestBadInput:
                 lambda: run_entry("dec.4_in0", torch.zeros(2, 16, 4, 4)),
                 "skip of dec.4_in0 must be None",
             ),
-            (lambda: EDMPrecond(TinyUNet(8), 0.0), "sigma_data must be positive, got 0"),
-            (lambda: EDMPrecond(TinyUNet(8))(X, -1.0), "sigma must be positive, got -1"),
-            (lambda: EDMPrecond(TinyUNet(8))(X, 0.0), "sigma must be positive, got 0"),
-            (lambda: EDMPrecond(TinyUNet(8))(X, float("nan")), "sigma must be positive, got nan"),
+            (lambda: EDMPrecond(TinyUNet(8), 0.0), "sigma_data must be positive and finite, got 0"),
+            (lambda: EDMPrecond(TinyUNet(8))(X, -1.0), "sigma must be positive and finite, got -1"),
+            (lambda: EDMPrecond(TinyUNet(8))(X, 0.0), "sigma must be positive and finite, got 0"),
+            (
+                lambda: EDMPrecond(TinyUNet(8))(X, float("nan")),
+                "sigma must be positive and finite, got nan",
+            ),
             (lambda: EDMPrecond(TinyUNet(8))(X, torch.ones(3)), "one for each of 2 images"),
             (lambda: EDMPrecond(TinyUNet(8))(X, torch.ones(1, 2)), r"got shape \(1, 2\)"),
-            (lambda: edm_loss(gaussian_denoiser, X, reduction="sum"), "'mean' or 'none'"),
+            (
+                lambda: edm_loss(gaussian_denoiser, X, reduction="sum"),
+                r"reduction must be one of \['mean', 'none'\], got 'sum'",
+            ),
             (lambda: edm_sigmas(0), "n must be at least 1, got 0"),
             (lambda: edm_sigmas(3, 0.0), "0 < smin <= smax"),
             (lambda: edm_sigmas(3, 2.0, 1.0), "got 2.0, 1.0"),
