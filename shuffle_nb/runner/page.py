@@ -72,14 +72,15 @@ def write_html(
 ) -> Path:  # the page beside it
     """Write a notebook as one HTML file that needs nothing else."""
     import nbformat
+    import yaml
 
     node = nbformat.read(notebook, as_version=4)
     node.metadata.pop("widgets", None)
     for cell in node.cells:
         if "solution" in cell.metadata.get("tags", []):
             cell.metadata["jupyter"] = {"source_hidden": True, "outputs_hidden": True}
-        described = re.search(r"^#\| fig-alt: *(.+)", cell.source, flags=re.MULTILINE)
-        alt = described[1].strip("\"'") if described else "Output of the cell above"
+        described = re.search(r"^#\| fig-alt:(.+)", cell.source, flags=re.MULTILINE)
+        alt = str(yaml.safe_load(described[1])) if described else "Output of the cell above"
         for output in cell.get("outputs", []):
             make_readable(output.get("data", {}), alt)
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)

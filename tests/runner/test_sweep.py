@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -11,12 +12,19 @@ import pytest
 from distributed import Client
 from runner_helpers import claim, is_gone, wait_until
 
+import shuffle_nb as package
+from shuffle_nb.foundations.claims import Claim, claim_record
+from shuffle_nb.runner import execute
 from shuffle_nb.runner import sweep as sweeping
-from shuffle_nb.runner.catalogue import find, read_cells
+from shuffle_nb.runner.catalogue import find
 from shuffle_nb.runner.execute import Interrupted, RunResult
 from shuffle_nb.runner.sweep import (
     axis_of,
+    code_digest,
     grid_key,
+    imported_names,
+    label,
+    load_record,
     read_grid,
     split_values,
     sweep_figure,
@@ -67,30 +75,116 @@ def test_a_bad_grid_is_refused(write, options, message):
         read_grid(find(str(write())), options)
 
 
+def test_a_large_grid_answers_at_once(write, monkeypatch):
+    reads = []
+    read = sweeping.read_cells
+    monkeypatch.setattr(sweeping, "read_cells", lambda path: reads.append(path) or read(path))
+    many = ",".join(map(str, range(300)))
+    began = time.perf_counter()
+    grid = read_grid(find(str(write())), [f"steps={many}", f"lr={many}"])
+    assert len(grid) == 90_000 and len(reads) == 1
+    with pytest.raises(ValueError, match="jobs expects a number from 1 up, got 0"):
+        sweeping.sweep(find(str(write())), [f"steps={many}", f"lr={many}"], jobs=0)
+    assert time.perf_counter() - began < 5
+
+
+def test_settings_are_said_as_a_person_would():
+    settings = {"layout": {"window": 1}, "seeds": [0, 1], "pairs": [(0, 1), (2, 3)], "arm": "plain"}
+    assert label(settings) == "layout window 1, seeds 0, 1, pairs (0, 1), (2, 3), arm plain"
+    assert label({"seeds": [0], "none": None, "empty": []}) == "seeds 0, none None, empty []"
+
+
 def test_the_key_follows_code_and_parameters_but_not_prose(write):
     def key(*cells, parameters, prose=""):
-        notebook = read_cells(write(*cells))
-        notebook[0]["source"] += prose
-        return grid_key(notebook, parameters)
+        path = write(*cells)
+        text = path.read_text()
+        path.write_text(text.replace("A notebook for a test", f"A notebook for a test{prose}"))
+        return grid_key(code_digest(find(str(path))), parameters)
 
     first = key("print(1)", parameters={"lr": 1.0, "steps": 2})
     assert first == key("print(1)", parameters={"steps": 2, "lr": 1.0}, prose="more words")
     assert first != key("print(2)", parameters={"lr": 1.0, "steps": 2})
     assert first != key("print(1)", parameters={"lr": 1.0, "steps": 3})
+    assert first != key("print(1)", parameters={"lr": 1.0, "steps": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("code", "package", "names"),
+    [
+        ("import a.b as c, d", "", {"a.b", "d"}),
+        ("from a import b", "", {"a", "a.b"}),
+        ("def f():\n    from . import b", "p.q", {"p.q", "p.q.b"}),
+        ("from ..x import y", "p.q", {"p.x", "p.x.y"}),
+    ],
+)
+def test_imports_are_found_wherever_they_stand(code, package, names):
+    assert imported_names(code, package) == names
+
+
+@pytest.fixture
+def small_package(tmp_path, monkeypatch):
+    """A package of three modules in a chain, one more, and data, in the place of our own."""
+    folder = tmp_path / "site" / "shuffle_nb"
+    chain = {"a.first": "from ..b import second", "b.second": "import shuffle_nb.b.third"}
+    for name, code in {**chain, "b.third": "x = 1", "c.other": "y = 1"}.items():
+        path = folder.joinpath(*name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(code)
+    (folder / "__init__.py").touch()
+    (folder / "b" / "weights.npy").write_text("1")
+    monkeypatch.setattr(package, "__file__", str(folder / "__init__.py"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        ("a/first.py", True),
+        ("b/third.py", True),
+        ("b/__init__.py", True),
+        ("b/weights.npy", True),
+        ("c/other.py", False),
+        ("../../helper.py", True),
+        ("../../stranger.py", False),
+    ],
+)
+def test_the_key_follows_every_module_behind_the_notebook(write, small_package, changed, counts):
+    (small_package.parents[1] / "helper.py").write_text("import json")
+    path = write("%matplotlib inline\nfrom shuffle_nb.a.first import x", "import helper", "1 +")
+    before = code_digest(find(str(path)))
+    assert before == code_digest(find(str(path)))
+    with (small_package / changed).open("a") as file:
+        file.write("\n# changed")
+    assert (code_digest(find(str(path))) != before) == counts
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[]", "{}", '{"status": "ok"}', "\xff", None])
+def test_a_record_that_cannot_be_read_is_named_and_runs_again(tmp_path, text):
+    path, told = tmp_path / "key.json", []
+    path.mkdir() if text is None else path.write_text(text, encoding="latin-1")
+    assert load_record(tmp_path, "key", told.append) is None
+    assert told == [f"{path} cannot be read: its cell runs again"]
+    assert load_record(tmp_path, "other", told.append) is None and len(told) == 1
 
 
 def record(status="ok", claims=(), **parameters):
     return dict(status=status, claims=list(claims), seconds=1.0, parameters=parameters)
 
 
+def fact(text="few", ours=1.0, bound=2, **changes):
+    return claim_record(Claim(text, text, "count", ours, "<", bound, paper="1", unit="s")) | changes
+
+
 def test_rows_are_tidy_and_name_clashes_are_resolved():
-    facts = dict(text="few", ours=1.0, relation="<", bound=2, holds=True, seeds=3, spread=None)
-    rows = sweep_rows([record(claims=[facts], seeds=[7]), record("failed", seeds=[8])])
-    assert [(row["seeds (parameter)"], row["claim"], row["seeds"]) for row in rows] == [
-        ([7], "few", 3),
-        ([8], None, None),
-    ]
-    assert [row["status"] for row in rows] == ["ok", "failed"]
+    control = {"name": "off", "values": [3.0]}
+    facts = fact(ours=(1.0, 2.0), control=control)
+    rows = sweep_rows([record(claims=[facts], values=[7]), record("failed", values=[8])])
+    first, last = rows
+    assert list(first) == list(last)
+    assert (first["values (parameter)"], first["claim"], first["ours"]) == ([7], "few", 1.5)
+    assert (first["values"], first["control"], first["control values"]) == ("1.0 2.0", "off", "3.0")
+    assert (last["values (parameter)"], last["claim"], last["status"]) == ([8], None, "failed")
 
 
 @pytest.mark.parametrize(
@@ -107,12 +201,9 @@ def test_axes_suit_their_values(values, axis):
     assert axis_of(values) == axis
 
 
-@pytest.mark.parametrize("ours", [1.0, "nan", "inf"])
+@pytest.mark.parametrize("ours", [(1.0, 1.5), float("nan"), float("inf")])
 def test_the_figure_has_a_panel_a_claim_with_its_bound(ours):
-    facts = [
-        dict(text=text, ours=ours, relation="<", bound=2, holds=ours == 1.0, spread=0.1, unit="s")
-        for text in ("few", "small")
-    ]
+    facts = [fact(text, ours) for text in ("few", "small")]
     rows = sweep_rows([record(claims=facts, lr=lr, arm=arm) for lr in (1, 2) for arm in "ab"])
     figure = sweep_figure(rows, ["lr", "arm"], "a title")
     panels = [panel for panel in figure.axes if panel.axison]
@@ -123,8 +214,7 @@ def test_the_figure_has_a_panel_a_claim_with_its_bound(ours):
 
 
 def test_a_bound_that_varies_is_drawn_along():
-    facts = dict(text="few", ours=1.0, relation="<", holds=True, spread=0.1, unit="")
-    rows = sweep_rows([record(claims=[facts | {"bound": 2 * lr}], lr=lr) for lr in (1, 2)])
+    rows = sweep_rows([record(claims=[fact(bound=2 * lr)], lr=lr) for lr in (1, 2)])
     (panel,) = sweep_figure(rows, ["lr"], "a title").axes
     dashed = [line for line in panel.lines if line.get_linestyle() == "--"]
     assert [list(line.get_ydata()) for line in dashed] == [[2, 4]]
@@ -155,7 +245,7 @@ def test_a_sweep_survives_a_worker_and_goes_on_where_it_stopped(write, shuffle_n
     done = shuffle_nb(*command)
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
-    assert "small steps=20 seeds=[1]: AssertionError: broken in cell 3: import os" in done.stdout
+    assert "small: steps 20, seeds 1: AssertionError: broken in cell 3: assert (" in done.stdout
     assert "1 of 4 failed" in done.stdout
     assert len(log.read_text().splitlines()) == 5  # four cells, one of them twice
     (table,) = out.glob("*.csv")
@@ -175,8 +265,18 @@ def test_a_sweep_survives_a_worker_and_goes_on_where_it_stopped(write, shuffle_n
     rows = pd.read_csv(table)
     assert list(rows["holds"]) == [True, True, False, False]
     assert list(rows["ours"]) == [2, 2, 20, 20]
-    assert list(rows["seeds (parameter)"]) == ["[0]", "[1]"] * 2
-    assert set(rows) >= {"claim", "relation", "bound", "spread", "seeds", "seconds", "status"}
+    assert list(rows["seeds"]) == ["[0]", "[1]"] * 2
+    assert set(rows) >= {
+        "id",
+        "claim",
+        "values",
+        "relation",
+        "bound",
+        "control",
+        "verdict",
+        "status",
+    }
+    assert {path.suffix for path in (out / "cells").iterdir()} == {".json", ".ipynb"}
 
     # Another grid in the same folder has a table and a figure of its own, and runs nothing anew.
     before = table.read_bytes()
@@ -185,6 +285,14 @@ def test_a_sweep_survives_a_worker_and_goes_on_where_it_stopped(write, shuffle_n
     assert table.read_bytes() == before and len(list(out.glob("*.csv"))) == 2
     assert len(list(out.glob("*.png"))) == 2
     assert len(log.read_text().splitlines()) == 6
+
+    # A record that was damaged is named, and its cell runs again.
+    damaged = next((out / "cells").glob("*.json"))
+    damaged.write_text("{")
+    done = shuffle_nb(*command)
+    assert f"{damaged.name} cannot be read: its cell runs again" in done.stdout
+    assert "3 of 4 already done" in done.stdout
+    assert len(log.read_text().splitlines()) == 7
 
 
 WAIT_ONCE = """import json, os, pathlib, time
@@ -237,7 +345,7 @@ def test_a_users_own_cluster_may_lose_a_worker(write, start, tmp_path, cluster):
     assert err == ""
     (table,) = (tmp_path / "runs" / "sweeps" / "small").glob("*.csv")
     assert list(pd.read_csv(table)["status"]) == ["ok"] * 3
-    assert "small steps=1: 1 of 1 claims hold" in out
+    assert "small: steps 1: 1 of 1 claims hold" in out
     wait_until(lambda: is_gone(kernel))
 
 
@@ -250,6 +358,7 @@ def test_a_scheduler_that_does_not_answer_is_bad_input(write, shuffle_nb, tmp_pa
 
 def test_ctrl_c_keeps_the_finished_cells_of_a_sweep(write, tmp_path, monkeypatch):
     def one_and_then_ctrl_c(jobs, on_done, *_):
+        jobs = list(jobs)
         on_done(jobs[0], RunResult(jobs[0].name, "ok", 1.0), jobs[0].notebook)
         on_done(jobs[1], RunResult(jobs[1].name, "interrupted", 1.0), jobs[1].notebook)
         raise KeyboardInterrupt
@@ -260,12 +369,45 @@ def test_ctrl_c_keeps_the_finished_cells_of_a_sweep(write, tmp_path, monkeypatch
         sweeping.sweep(paper, ["steps=1,2,3"], out=tmp_path / "out")
     assert [result.status for result in interruption.value.results] == ["ok", "interrupted"]
 
-    started = []
+    told = []
     with pytest.raises(Interrupted):
-        sweeping.sweep(
-            paper,
-            ["steps=1,2,3"],
-            out=tmp_path / "out",
-            on_start=lambda done, total: started.append((done, total)),
-        )
-    assert started == [(1, 3)]
+        sweeping.sweep(paper, ["steps=1,2,3"], out=tmp_path / "out", tell=told.append)
+    assert told == ["1 of 3 already done"]
+
+
+class Workers:
+    """Answers as a connected client does, with what two workers would say."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def run(self, function):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({}, "tcp://x has no workers; start one with: dask worker tcp://x"),
+        ({"tcp://a": "0" * 64}, "the code of shuffle_nb .* is another one on tcp://a than here"),
+        (
+            Exception("Traceback\n  File\nModuleNotFoundError: No module named 'shuffle_nb'"),
+            "the workers of tcp://x cannot run shuffle_nb .*: ModuleNotFoundError: No module named",
+        ),
+    ],
+)
+def test_workers_that_could_not_run_our_code_are_refused(answer, message):
+    with pytest.raises(ValueError, match=message):
+        execute.check_workers(Workers(answer), "tcp://x")
+
+
+def test_workers_with_our_own_code_are_taken():
+    execute.check_workers(Workers({"tcp://a": execute.package_digest()}), "tcp://x")
+
+
+def test_the_package_digest_follows_every_module(small_package):
+    before = execute.package_digest()
+    (small_package / "c" / "other.py").write_text("y = 2")
+    assert execute.package_digest() != before
