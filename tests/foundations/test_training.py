@@ -1,5 +1,6 @@
 """The training loop: repeatable, resumable bit for bit, and loud when a loss is not finite."""
 
+import io
 import os
 import random
 import signal
@@ -251,6 +252,24 @@ def test_a_run_that_stops_leaves_no_progress_bar_open(monkeypatch):
     assert closed == [0], stopped  # `stopped` keeps the bar alive: nothing else can have closed it
 
 
+def test_bars_within_the_bar_of_an_experiment_go_when_they_are_done(monkeypatch):
+    closed = {}
+
+    class WatchedBar(training.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+
+        def close(self):
+            closed[self.desc] = self.leave
+            super().close()
+
+    monkeypatch.setattr(training, "tqdm", WatchedBar)
+    fit_arms({"a": build}, [0], steps=2, device="cpu")
+    assert closed == {"a, seed 0": False, "arms x seeds": True}
+    run(network())
+    assert closed["fit"] is True
+
+
 def test_mixed_precision_trains_about_the_same():
     plain = run(network(), seed=1)
     mixed = run(network(), seed=1, amp=True)
@@ -359,6 +378,14 @@ def test_one_row_outside_the_first_batch_makes_other_data(finished):
     other[unseen, 0] += 1
     with pytest.raises(ValueError, match=r"another run: data '\w+' there, '\w+' here; c"):
         run(network(), MiniBatches(other, Y, batch_size=6, seed=3), checkpoint=finished)
+
+
+def test_a_fingerprint_sees_type_shape_and_every_byte():
+    ones = torch.ones(4)
+    others = [torch.ones(2, 2), ones.view(torch.int32), ones.bfloat16(), ones[:3], "ones"]
+    prints = {training._fingerprint(thing) for thing in [ones, *others]}
+    assert len(prints) == 6
+    assert training._fingerprint(torch.ones(4, 2)[:, 0]) == training._fingerprint(ones)
 
 
 def test_a_learning_rate_of_numpy_is_a_number(tmp_path):
