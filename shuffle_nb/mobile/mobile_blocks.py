@@ -83,6 +83,8 @@ def plane_mean(
 ) -> Float[Tensor, "batch channels rows columns"]:  # the averaged axes have length 1
     """Average over the height, the width or both, in the order in which memory holds them."""
     precision = torch.float32 if x.dtype == torch.float16 else None  # a long sum would overflow
+    if torch.jit.is_tracing():  # a trace would keep the sizes of its example
+        return x.mean(axes, keepdim=True, dtype=precision).to(x.dtype)
     if is_channels_last(x):
         ordered, shifted = x.movedim(1, 3), tuple(axis - 1 for axis in axes)
         total = ordered.sum(shifted, keepdim=True, dtype=precision).movedim(3, 1)

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from shuffle_nb.foundations.costs import peak_memory
+from shuffle_nb.foundations.reference import load_reference
+from shuffle_nb.mobile import coordinate_attention
 from shuffle_nb.mobile.coordinate_attention import (
     CBAM,
     CoordinateAttention,
@@ -16,6 +19,7 @@ from shuffle_nb.mobile.coordinate_attention import (
     SqueezeExcitation,
     coordinate_pool,
     from_official_state_dict,
+    gates_as_written,
 )
 
 ACTIVATIONS = {"hard_swish": F.hardswish, "silu": F.silu, "relu6": F.relu6}
@@ -558,3 +562,168 @@ def test_wrong_numbers_elsewhere(plain_python):
 def test_one_value_in_training_passes_torch_s_own_error():
     module = CoordinateAttention(8).train()
     assert module(torch.randn(1, 8, 1, 1)).shape == (1, 8, 1, 1)  # two lines of one position
+
+
+# --- the fast path
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("shape", [(2, 16, 40, 30), (1, 64, 23, 31)])
+def test_large_maps_take_the_fast_path_to_the_same_numbers(shape, last):
+    module = make(shape[1]).double()
+    x = torch.randn(shape, dtype=torch.float64)
+    x = (x.to(memory_format=torch.channels_last) if last else x).requires_grad_()
+    y = module(x)
+    assert "GatedMap" in y.grad_fn.name()
+    _, _, expected = by_formula(module, x)
+    assert torch.allclose(y, expected, atol=1e-12)
+    inputs = [x, *module.parameters()]
+    ours, theirs = (torch.autograd.grad(z.square().sum(), inputs) for z in (y, expected))
+    for found, wanted in zip(ours, theirs, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_gradients(monkeypatch):
+    monkeypatch.setattr(coordinate_attention, "FEW", 0)
+    module, x = make(4).double(), torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module, x) and torch.autograd.gradgradcheck(module, x)
+
+
+def test_training_keeps_less_than_the_formula_as_written():
+    module, x = make(64), torch.randn(4, 64, 32, 32, requires_grad=True)
+
+    def written(x):
+        g_h, g_w = gates_as_written(module, x)
+        return x * g_w * g_h
+
+    assert peak_memory(written, x, backward=True) > 1.2 * peak_memory(module, x, backward=True)
+
+
+@pytest.mark.usefixtures("plain_python")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_serves_maps_of_other_sizes():
+    module = CoordinateAttention(16).eval()
+    traced, x = torch.jit.trace(module, torch.randn(2, 16, 24, 17)), torch.randn(2, 16, 9, 40)
+    assert torch.allclose(traced(x), module(x), atol=1e-6)
+
+
+# --- the authors' own numbers
+
+NAMES = {"conv1": "squeeze", "bn1": "norm", "conv_h": "row_gate", "conv_w": "column_gate"}
+
+
+def load_attention(module, tensors):
+    with torch.no_grad():
+        for theirs, ours in NAMES.items():
+            for part in ("weight", "bias"):
+                getattr(getattr(module, ours), part).copy_(tensors[f"{theirs}.{part}"])
+    return module
+
+
+def load_in_order(module, tensors):
+    weights = [tensor for name, tensor in tensors.items() if name != "x"]
+    with torch.no_grad():
+        for parameter, value in zip(module.parameters(), weights, strict=True):
+            parameter.copy_(value)
+    return module
+
+
+def one_pass(case):
+    module = load_attention(CoordinateAttention(10).double(), case.tensors)
+    x = case.tensors["x"].requires_grad_()
+    output = module(x)
+    output.square().sum().backward()
+    return {
+        "output": output,
+        "gradient w.r.t. x": x.grad,
+        "gradient w.r.t. the F_1 weight": module.squeeze.weight.grad,
+        "gradient w.r.t. the BN weight": module.norm.weight.grad,
+        "gradient w.r.t. the F_h weight": module.row_gate.weight.grad,
+        "gradient w.r.t. the F_w weight": module.column_gate.weight.grad,
+        "running mean": module.norm.running_mean,
+        "running variance": module.norm.running_var,
+    }
+
+
+def three_steps(case):
+    s = case.settings
+    module = CoordinateAttention(s["channels"], reduction=s["reduction"]).double()
+    load_attention(module, case.tensors)
+    options = {name: s[name] for name in ("lr", "momentum", "weight_decay")}
+    descent, losses = torch.optim.SGD(module.parameters(), **options), []
+    for _ in range(s["steps"]):
+        descent.zero_grad()
+        loss = (module(case.tensors["x"]) - case.tensors["target"]).square().mean()
+        loss.backward()
+        descent.step()
+        losses.append(loss.detach())
+    return {
+        "losses": torch.stack(losses),
+        "output in eval mode": module.eval()(case.tensors["x"]),
+        "F_1 weight afterwards": module.squeeze.weight,
+        "F_h weight afterwards": module.row_gate.weight,
+        "F_w bias afterwards": module.column_gate.bias,
+        "running mean": module.norm.running_mean,
+        "running variance": module.norm.running_var,
+    }
+
+
+def block(case):
+    module = load_in_order(InvertedResidualCA(8, 12, stride=2, expand=6).double(), case.tensors)
+    x = case.tensors["x"].requires_grad_()
+    output = module(x)
+    output.square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    convolutions = [g for n, g in gradients.items() if g.ndim == 4 and "gate" not in n]
+    (rows,) = (g for n, g in gradients.items() if n.endswith("row_gate.weight"))
+    return {
+        "output": output,
+        "gradient w.r.t. x": x.grad,
+        "gradient w.r.t. the first pointwise weight": convolutions[0],
+        "gradient w.r.t. the depthwise weight": convolutions[1],
+        "gradient w.r.t. the row gate's weight": rows,
+    }
+
+
+def whole_network(case):
+    network = load_in_order(MobileNetV2CA(num_classes=5, width=0.25).double(), case.tensors)
+    network.classifier[0].p = 0.0
+    in_training = network(case.tensors["x"])
+    return {
+        "logits in training mode": in_training,
+        "logits in eval mode": network.eval()(case.tensors["x"]),
+    }
+
+
+RECOMPUTE = {
+    "train mode, rectangular, gradients": one_pass,
+    "reduction 4, batch of one, three steps of SGD, then eval": three_steps,
+    "inverted residual with attention, stride 2": block,
+    "whole MobileNetV2 with attention, width 0.25, eval": whole_network,
+}
+
+
+@pytest.mark.parametrize("case", [*load_reference("coordinate_attention")], ids=lambda c: c.name)
+def test_against_the_authors_code(case, agree):
+    agree(case, RECOMPUTE[case.name](case))
+
+
+def test_a_checkpoint_may_wrap_its_weights():
+    wrapped = {"state_dict": {f"module.{k}": v for k, v in official_weights().items()}}
+    assert set(from_official_state_dict(wrapped)) == set(CoordinateAttention(64).state_dict())
+
+
+def official_weights():
+    sd = {}
+    for name, shape in {
+        "conv1": (8, 64),
+        "bn1": (8,),
+        "conv_h": (64, 8),
+        "conv_w": (64, 8),
+    }.items():
+        sd[f"{name}.weight"] = torch.rand(*shape, *([1, 1] if len(shape) == 2 else []))
+        sd[f"{name}.bias"] = torch.rand(shape[0])
+        if name == "bn1":
+            sd |= {"bn1.running_mean": torch.rand(8), "bn1.running_var": torch.rand(8)}
+            sd["bn1.num_batches_tracked"] = torch.tensor(3)
+    return sd
