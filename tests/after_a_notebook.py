@@ -39,7 +39,7 @@ def turn_every_control(names, kind) -> int:
     explorers = {name: value for name, value in names.items() if isinstance(value, kind)}
     count = 0
     for title, explorer in explorers.items():
-        first = picture(explorer.figure)
+        first = picture(explorer.frame())  # the one on show has been laid out before, at its size
         assert picture(explorer.frame()) == first, f"{title}: drawn again, it is another picture"
         for name, control in explorer.controls.items():
             value = other_value(control)

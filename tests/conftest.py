@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config, items):
 
     def expected(item):
         slow_file = item.path.name in SLOWEST_FIRST
-        return seconds.get(item.nodeid, 60 if slow_file else 0)
+        return seconds.get(item.nodeid, 60 if slow_file and "[" in item.name else 0)
 
     items.sort(key=expected, reverse=True)
 

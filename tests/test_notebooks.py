@@ -29,13 +29,10 @@ NOTEBOOKS = [
 # shrinks: whatever is not on it must have wrong answers for each check, and folded solutions.
 WAITING = {
     "token_shuffle",
-    "layer_shuffle",
     "hssda",
     "bias_loss",
-    "coordinate_attention",
     "snnk",
     "bows",
-    "tiny_diffusion",
     "reface",
     "relactrl",
 }
