@@ -280,9 +280,10 @@ def image_axis(
     axis: Axes,
     title: str | None = None,
 ) -> Axes:  # the same one
-    """Turn an axis into the frame of a picture: no ticks, no grid, a small title."""
+    """Turn an axis into the frame of a picture: no ticks, no grid, no border, a small title."""
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
+    axis.spines[:].set_visible(False)
     if title is not None:
         axis.set_title(title, fontsize=10, fontweight="normal", loc="center", pad=4)
     return axis

@@ -252,6 +252,7 @@ def test_an_image_axis_has_neither_ticks_nor_grid(axis):
     assert len(axis.get_xticks()) == len(axis.get_yticks()) == 0
     assert axis.get_title() == "ones"
     assert not any(line.get_visible() for line in axis.get_xgridlines())
+    assert not any(spine.get_visible() for spine in axis.spines.values())
     figures.image_axis(axis)
     assert axis.get_title() == "ones", "a title that is not given stays"
 
