@@ -18,6 +18,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from shuffle_nb.foundations.arguments import (
+    nearest,
+    require_at_least_one,
+    require_between,
+    require_one_of,
+)
+
 # %% ../../nbs/foundations/01_datasets.ipynb #cell-007
 @dataclass(frozen=True)
 class ImageData:
@@ -54,8 +61,7 @@ def digits(
 def _split_by_seed(
     images: Tensor, labels: Tensor, seed: int, num_train: int, name: str
 ) -> ImageData:
-    if not 1 <= num_train < len(images):
-        raise ValueError(f"num_train must be in 1..{len(images) - 1}, got {num_train}")
+    require_between(1, len(images) - 1, num_train=num_train)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train, test = order[:num_train], order[num_train:]
     num_classes = int(labels.max()) + 1
@@ -75,8 +81,7 @@ def _resized(image: np.ndarray, size: int) -> Tensor:
 
 # %% ../../nbs/foundations/01_datasets.ipynb #cell-014
 def _bundled_pictures(names: Sequence[str], size: int) -> Tensor:
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    require_at_least_one(size=size)
     from skimage import data
 
     return torch.stack([_resized(getattr(data, name)(), size) for name in names])
@@ -93,8 +98,7 @@ def textures(
     size: int = 64,  # height and width in pixels, at most 512
 ) -> Float[Tensor, "3 1 size size"]:
     """Cut squares out of three grey textures: brick, grass, gravel (shrunk, they would be flat)."""
-    if not 1 <= size <= 512:
-        raise ValueError(f"size must be in 1..512 pixels, got {size}")
+    require_between(1, 512, size=size)
     whole = _bundled_pictures(("brick", "grass", "gravel"), 512)
     corner = (512 - size) // 2
     return whole[..., corner : corner + size, corner : corner + size].contiguous()
@@ -111,7 +115,7 @@ def _package_folder(package: str) -> Path:
     """Find the folder of an installed (sub)package without importing it or its parents."""
     places = None
     for name in package.split("."):
-        spec = importlib.machinery.PathFinder.find_spec(name, places)
+        spec = importlib.machinery.PathFinder.find_spec(name, places) if name else None
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"no installed package {package!r} to read documentation from")
         places = list(spec.submodule_search_locations)
@@ -135,8 +139,11 @@ def package_docstrings(
 ) -> list[tuple[str, str]]:  # (package, docstring), each docstring once, in a fixed order
     """Collect the docstrings of installed packages by parsing their sources; no download.
 
-    Raises ValueError if a package is not installed.
+    Raises ValueError if a package is not installed, or is a module without a folder.
     """
+    if isinstance(packages, str) or not packages:
+        raise ValueError(f"packages must be a list of names, got {packages!r}")
+    require_at_least_one(max_chars=max_chars)
     found, length = {}, 0
     for package in packages:
         for path in sorted(_package_folder(package).rglob("*.py")):
@@ -172,15 +179,16 @@ PUBLIC_TEXTS = {
 }
 
 # %% ../../nbs/foundations/01_datasets.ipynb #cell-025
-def _public_set(source: str, known: dict[str, PublicSet], ours: str, local: PublicSet) -> PublicSet:
+def _public_set(source, known: dict[str, PublicSet], ours: str, local: PublicSet) -> PublicSet:
     """Find the entry of `source`; a path to a folder has the columns of `local`."""
     if source in known:
         return known[source]
     if Path(source).is_dir():
-        return PublicSet(source, local.content, local.label)
+        return PublicSet(str(source), local.content, local.label)
+    close = nearest(source, [ours, *known])
     raise ValueError(
         f"source must be {ours!r}, one of {sorted(known)} or a folder in that format, "
-        f"got {source!r}"
+        f"got {source!r}" + (f"; did you mean {close!r}?" if close else "")
     )
 
 
@@ -192,16 +200,23 @@ def _load_split(public: PublicSet, split: str):
             f"{public.path} is read with Hugging Face datasets: pip install 'shuffle_nb[data]'"
         ) from None
     try:
-        return datasets.load_dataset(public.path, public.config, split=split)
+        rows = datasets.load_dataset(public.path, public.config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise RuntimeError(
             f"could not load the {split} split of {public.path}: {error}. "
             "It is downloaded once; a local folder in the same format works too."
         ) from error
+    wanted = {public.content, public.label} - {None}
+    if not wanted <= set(rows.column_names) or not len(rows):
+        raise ValueError(
+            f"{public.path} must hold columns {sorted(wanted)} and a row or more in its {split} "
+            f"split, got columns {rows.column_names} and {len(rows)} rows"
+        )
+    return rows
 
 # %% ../../nbs/foundations/01_datasets.ipynb #cell-026
 def load_images(
-    source: str = "digits",  # "digits", a name in PUBLIC_IMAGES, or a folder in that format
+    source: str | Path = "digits",  # "digits", a name in PUBLIC_IMAGES, or a folder in that format
     *,
     seed: int = 0,  # of the digits' split; public sets come split
     num_train: int | None = None,  # at most this many training images
@@ -209,10 +224,14 @@ def load_images(
 ) -> ImageData:
     """Load images and labels by name.
 
-    Raises ValueError for an unknown name, ModuleNotFoundError (with the command that installs it)
+    Raises ValueError for an unknown name (and guesses which one was meant) and for columns that are
+    missing, ModuleNotFoundError (with the command that installs it)
     without `datasets`, RuntimeError if the data cannot be reached.
     """
+    require_at_least_one(num_train=num_train, size=size)
     if source == "digits":
+        if size not in (None, 8):
+            raise ValueError(f"size must be None or 8: digits are 8 x 8 pixels, got {size}")
         return digits(seed) if num_train is None else digits(seed, num_train)
     public = _public_set(source, PUBLIC_IMAGES, "digits", PublicSet("", "image", "label"))
     train = _as_tensors(_load_split(public, "train"), public, num_train, size)
@@ -235,14 +254,14 @@ def _as_tensors(split, public: PublicSet, limit: int | None, size: int | None):
 
 # %% ../../nbs/foundations/01_datasets.ipynb #cell-028
 def load_text(
-    source: str = "documentation",  # or a name in PUBLIC_TEXTS, or a folder in that format
+    source: str | Path = "documentation",  # or a name in PUBLIC_TEXTS, or a folder in that format
     *,
     split: str = "train",  # "train" or "test"; documentation has only "train"
     max_documents: int | None = None,
 ) -> list[str]:  # one document each
     """Load documents of English text by name. Raises as `load_images` does."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    require_one_of(["train", "test"], split=split)
+    require_at_least_one(max_documents=max_documents)
     if source == "documentation":
         if split == "test":
             raise ValueError("documentation is not split: take split='train' and divide it")

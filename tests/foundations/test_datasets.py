@@ -1,6 +1,7 @@
 """Data: real, fixed by a seed, never a silent stand-in; public sets through their own library."""
 
 import sys
+from pathlib import Path
 
 import datasets as hub
 import numpy as np
@@ -98,6 +99,15 @@ def test_public_text_is_read_from_a_local_folder_in_the_same_format(local_texts)
     assert load_text(local_texts, split="test", max_documents=1) == ["test story 0"]
 
 
+def test_a_folder_of_another_format_is_refused_by_its_columns(local_texts, local_images, tmp_path):
+    with pytest.raises(ValueError, match=r"must hold columns \['image', 'label'\].*got .*'text'"):
+        load_images(local_texts)
+    with pytest.raises(ValueError, match=r"must hold columns \['text'\].*got .*'image', 'label'"):
+        load_text(Path(local_images[0]))
+    with pytest.raises(RuntimeError, match="could not load the train split of"):
+        load_images(tmp_path)
+
+
 def test_every_public_set_is_asked_for_under_its_own_name(monkeypatch):
     asked = []
 
@@ -129,9 +139,25 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch):
     ("call", "message"),
     [
         (lambda: digits(num_train=1797), r"num_train must be in 1..1796, got 1797"),
-        (lambda: load_images("mnist"), "one of .*'cifar100'.*got 'mnist'"),
+        (lambda: digits(num_train=2.5), "num_train must be a whole number, got 2.5"),
+        (lambda: load_images("mnist"), "one of .*'cifar100'.*got 'mnist'$"),
+        (lambda: load_images("CIFAR10"), "got 'CIFAR10'; did you mean 'cifar10'"),
+        (lambda: load_images("Digit"), "got 'Digit'; did you mean 'digits'"),
+        (lambda: load_images(size=16), "size must be None or 8: digits are 8 x 8 pixels, got 16"),
+        (lambda: load_images("cifar10", size=0), "size must be at least 1, got 0"),
+        (lambda: load_images("cifar10", num_train=-5), "num_train must be at least 1, got -5"),
+        (lambda: load_text("wikitext", max_documents=3), "did you mean 'wikitext103'"),
+        (lambda: load_text(max_documents=-1), "max_documents must be at least 1, got -1"),
+        (
+            lambda: package_docstrings("torch.nn"),
+            "packages must be a list of names, got 'torch.nn'",
+        ),
+        (lambda: package_docstrings([]), "packages must be a list of names"),
+        (lambda: package_docstrings(["torch..nn"]), "no installed package 'torch..nn'"),
+        (lambda: package_docstrings(["torch.nn"], max_chars=0), "max_chars must be at least 1"),
+        (lambda: textures(513), "size must be in 1..512, got 513"),
         (lambda: load_text("books"), "'documentation', one of .*got 'books'"),
-        (lambda: load_text(split="validation"), "'train' or 'test'"),
+        (lambda: load_text(split="validation"), r"split must be one of \['train', 'test'\]"),
         (lambda: load_text(split="test"), "documentation is not split"),
         (lambda: photographs(0), "size must be at least 1"),
         (lambda: package_docstrings(["no_such_package"]), "no installed package 'no_such_package'"),
