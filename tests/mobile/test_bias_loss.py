@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shuffle_nb.foundations.costs import count_flops
+from shuffle_nb.foundations.costs import count_flops, peak_memory
+from shuffle_nb.foundations.reference import load_reference
 from shuffle_nb.mobile.bias_loss import (
     SKIPS,
     STAGES,
@@ -22,10 +24,13 @@ from shuffle_nb.mobile.bias_loss import (
     bias_loss,
     bias_weight,
     feature_variance,
+    from_official_state_dict,
     normalize_variance,
-    round8,
     skipblocknet_m,
 )
+from shuffle_nb.mobile.mobile_blocks import rounded_channels
+
+bias_loss_module = import_module("shuffle_nb.mobile.bias_loss")
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 SEEDS = st.integers(0, 10**6)
@@ -328,12 +333,12 @@ def test_compiled_loss_has_no_graph_break_and_keeps_its_memory(mode):
 
 def test_rounding_of_channels():
     cases = {1: 8, 12: 16, 18: 24, 36.8: 40, 91.2: 88, 184: 184, 240: 240}
-    assert {channels: round8(channels) for channels in cases} == cases
+    assert {channels: rounded_channels(channels) for channels in cases} == cases
 
 
 @given(st.floats(1, 3000))
 def test_rounded_channels_are_a_multiple_of_8_and_not_much_fewer(channels):
-    found = round8(channels)
+    found = rounded_channels(channels)
     assert found % 8 == 0 and found >= 8
     assert found >= 0.9 * channels and found <= max(8, channels + 8)
 
@@ -461,11 +466,11 @@ def test_any_width_and_image_size(width):
     network = SkipblockNet(4, width=width, in_channels=1).eval()
     logits, features = network(torch.randn(2, 1, 70, 45), return_features=True)
     assert logits.shape == (2, 4)
-    assert features.shape == (2, 6 * round8(160 * width), 3, 2)
-    first = round8(16 * width)
+    assert features.shape == (2, 6 * rounded_channels(160 * width), 3, 2)
+    first = rounded_channels(16 * width)
     for skip, (expansion, _) in zip(network.skips, SKIPS, strict=True):
         assert skip.in_channels == first
-        assert skip.layers[0][0].out_channels == round8(first * expansion)
+        assert skip.layers[0][0].out_channels == rounded_channels(first * expansion)
 
 
 def test_network_trains_with_its_loss():
@@ -551,13 +556,13 @@ class TestBadInput:
             (lambda: normalize_variance(torch.zeros(0)), "N at least 1"),
             (lambda: normalize_variance(torch.ones(2), mode="x"), "'local' or 'global'"),
             (lambda: bias_weight(torch.zeros(2), alpha=-1.0), "alpha"),
-            (lambda: SkipBlock(3, 8, 8, kernel_size=4), "kernel_size must be odd"),
-            (lambda: SkipBlock(3, 8, 8)(torch.zeros(1, 4, 9, 9), 3), r"\(N, 3, H, W\)"),
-            (lambda: InvertedResidual(8, 8, 8, 2), "kernel_size must be odd"),
-            (lambda: InvertedResidual(8, 8, 8)(torch.zeros(8, 9, 9)), r"\(N, 8, H, W\)"),
+            (lambda: SkipBlock(3, 8, 8, kernel_size=4), "must be odd"),
+            (lambda: SkipBlock(3, 8, 8)(torch.zeros(1, 4, 9, 9), 3), "3 channels|height"),
+            (lambda: InvertedResidual(8, 8, 8, 2), "must be odd"),
+            (lambda: InvertedResidual(8, 8, 8)(torch.zeros(8, 9, 9)), "8 channels|height"),
             (lambda: SkipblockNet(0), "must be positive, got 0, 1.0 and 3"),
             (lambda: SkipblockNet(width=-1.0), "must be positive"),
-            (lambda: SkipblockNet(width=0.35)(torch.zeros(1, 1, 64, 64)), r"\(N, 3, H, W\)"),
+            (lambda: SkipblockNet(width=0.35)(torch.zeros(1, 1, 64, 64)), "3 channels|height"),
             (
                 lambda: SkipblockNet(width=0.35, skip_sizes=(28, 14)).eval()(
                     torch.zeros(1, 3, 64, 64)
@@ -569,3 +574,152 @@ class TestBadInput:
     def test_message_says_what_was_expected(self, call, message):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---------------------------------------------------------------- what users met
+
+
+def test_nearly_equal_images_after_a_flat_one_stay_finite():
+    criterion, features = BiasLoss(), torch.randn(2, 64, 4, 4)
+    features[1] = features[0] * 1.0005
+    flat = torch.zeros(2, 64, 4, 4)
+    flat[1] = torch.randn(64, 4, 4)
+    logits, target = torch.zeros(2, 5), torch.tensor([0, 1])
+    criterion(logits, target, flat)
+    with pytest.warns(UserWarning, match="nearly equal"):
+        loss = criterion(logits, target, features)
+    assert loss.isfinite()
+
+
+def test_an_empty_batch_is_refused():
+    empty = torch.randn(0, 5), torch.zeros(0, dtype=torch.long), torch.randn(0, 4, 2, 2)
+    with pytest.raises(ValueError, match=r"got shape \(0, 4, 2, 2\)"):
+        BiasLoss()(*empty)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_pieces_give_the_variance_of_the_whole(dtype, monkeypatch):
+    features = torch.randn(9, 5, 4, 3, dtype=torch.float64).to(dtype)
+    whole = bias_loss_module.feature_variance(features)
+    monkeypatch.setattr(bias_loss_module, "PIECE", 130)  # two images at a time
+    assert torch.equal(bias_loss_module.feature_variance(features), whole)
+
+
+def test_no_wide_copy_of_half_precision_maps():
+    features = torch.randn(128, 960, 7, 7).bfloat16()
+
+    def as_published(features):
+        return features.detach().float().flatten(1).var(1)
+
+    assert peak_memory(as_published, features) > 2 * peak_memory(feature_variance, features)
+
+
+def official_weights(classes=7):
+    network = skipblocknet_m(classes)
+    return {f"module.theirs{i}": torch.rand_like(v.float()).to(v.dtype)
+            for i, v in enumerate(network.state_dict().values())}  # fmt: skip
+
+
+def test_released_weights_load_by_their_order():
+    theirs = official_weights()
+    assert len(theirs) == 354
+    network = skipblocknet_m(7)
+    network.load_state_dict(from_official_state_dict({"state_dict": theirs}))
+    for ours, value in zip(network.state_dict().values(), theirs.values(), strict=True):
+        assert torch.equal(ours, value)
+
+
+def test_other_weights_are_refused():
+    theirs = official_weights()
+    name = list(theirs)[3]
+    with pytest.raises(ValueError, match="must have 354 tensors, got 353"):
+        from_official_state_dict({k: v for k, v in theirs.items() if k != name})
+    with pytest.raises(ValueError, match="expected shape"):
+        from_official_state_dict(theirs | {name: torch.zeros(3, 3)})
+    with pytest.raises(ValueError, match="must have 354 tensors, got 0"):
+        from_official_state_dict({})
+
+
+# ---------------------------------------------------------------- the authors' own numbers
+
+
+def four_batches(case):
+    criterion, results = BiasLoss(0.3, 0.3, mode="global"), {}
+    features = case.tensors["features"] * case.tensors["row_scale"].view(-1, 1, 1, 1)
+    for step, factor in enumerate(case.settings["scale_of_batch"]):
+        logits = (case.tensors["logits"] * (1 + 0.5 * step)).requires_grad_()
+        loss = criterion(logits, case.tensors["target"], features * factor + 0.1 * step)
+        results[f"loss {step + 1}"] = loss
+    loss.backward()
+    results["gradient of loss 4 w.r.t. its logits"] = logits.grad
+    return results | {"running minimum at the end": criterion.running_min}
+
+
+def five_steps(case):
+    x = case.tensors["x"] * case.tensors["row_scale"].view(-1, 1, 1, 1)
+    s, head = (case.tensors[name].requires_grad_() for name in ("s", "head"))
+    options = {name: case.settings[name] for name in ("lr", "momentum")}
+    strength = {name: case.settings[name] for name in ("alpha", "beta", "mode")}
+    descent, losses = torch.optim.SGD([s, head], **options), []
+    for _ in range(case.settings["steps"]):
+        features = torch.tanh(x * s[None, :, None, None])
+        logits = features.mean((2, 3)) @ head.T
+        loss = bias_loss(logits, case.tensors["target"], features, **strength)
+        descent.zero_grad()
+        loss.backward()
+        descent.step()
+        losses.append(loss.detach())
+    return {"losses": torch.stack(losses), "s afterwards": s, "head afterwards": head}
+
+
+def in_order(module, case):
+    weights = [tensor for name, tensor in case.tensors.items() if name != "x"]
+    with torch.no_grad():
+        for parameter, value in zip(module.parameters(), weights, strict=True):
+            parameter.copy_(value)
+    return module
+
+
+def one_skip_block(case):
+    block = in_order(SkipBlock(4, 6, 5, kernel_size=3).double(), case)
+    x = case.tensors["x"].requires_grad_()
+    output = block(x, size=(3, 5))
+    output.square().sum().backward()
+    convolutions = [p.grad for p in block.parameters() if p.ndim == 4]
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    return {
+        "output": output,
+        "gradient w.r.t. x": x.grad,
+        "gradient w.r.t. the first pointwise weight": convolutions[0],
+        "gradient w.r.t. the depthwise weight": convolutions[1],
+        "running mean of the last norm": norms[-1].running_mean,
+        "running variance of the last norm": norms[-1].running_var,
+    }
+
+
+def whole_network(case):
+    network = in_order(SkipblockNet(case.settings["num_classes"]).double(), case)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    logits = network(case.tensors["x"])
+    logits.sum().backward()
+    norms = [m for m in network.head.modules() if isinstance(m, nn.BatchNorm2d)]
+    return {
+        "logits": logits,
+        "gradient of logits.sum() w.r.t. the first convolution": network.stem[0].weight.grad,
+        "running mean of the head's norm": norms[-1].running_mean,
+    }
+
+
+RECOMPUTE = {
+    "four batches, global running minimum": four_batches,
+    "local mode, five steps of SGD through features and head": five_steps,
+    "skip block, rectangular, training mode": one_skip_block,
+    "whole SkipblockNet-M, 224 x 224, training mode": whole_network,
+}
+
+
+@pytest.mark.parametrize("case", [*load_reference("bias_loss")], ids=lambda case: case.name)
+def test_against_the_authors_code(case, agree):
+    agree(case, RECOMPUTE[case.name](case))
