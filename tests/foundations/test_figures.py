@@ -193,7 +193,7 @@ def test_every_logarithmic_range_gets_three_ticks_or_more(low, ratio):
     assert 3 <= len(ticks) <= 12
     assert (np.diff(ticks) > 0).all()
     assert low * (1 - 1e-6) <= ticks[0] and ticks[-1] <= low * ratio * (1 + 1e-6)
-    assert len({figures.plain_number(tick) for tick in ticks}) == len(ticks)
+    assert len({figures._plain_number(tick) for tick in ticks}) == len(ticks)
 
 
 @pytest.mark.parametrize("letter", "xy")
