@@ -30,7 +30,6 @@ NOTEBOOKS = [
 WAITING = {
     "token_shuffle",
     "hssda",
-    "bias_loss",
     "snnk",
     "bows",
     "reface",
