@@ -43,7 +43,7 @@ def start(kernels, folder, **options):
     client = BlockingKernelClient(connection_file=file)
     client.load_connection_file()
     client.start_channels()
-    client.wait_for_ready(timeout=120)
+    client.wait_for_ready(timeout=300)
     return kernel, client
 
 
@@ -55,7 +55,7 @@ def answer(client, code):
         said.append(message["content"].get("text", ""))
 
     client.execute_interactive(
-        f"import json; print(json.dumps({code}))", output_hook=listen, timeout=120
+        f"import json; print(json.dumps({code}))", output_hook=listen, timeout=300
     )
     return json.loads("".join(said))
 
@@ -93,7 +93,7 @@ def test_a_forked_kernel_has_its_own_folder_environment_group_and_random_numbers
         assert seen[-1][6] is False
         assert kernel.poll() is None
         kernel.kill()
-        assert kernel.wait(timeout=60) == kernel.returncode != 0
+        assert kernel.wait(timeout=300) == kernel.returncode != 0
         client.stop_channels()
     assert seen[0][4] != seen[1][4] and seen[0][5] != seen[1][5], "two children drew the same"
 
@@ -103,13 +103,13 @@ def test_a_forked_kernel_is_interrupted_and_ends_with_a_signal(kernels, tmp_path
     waiting = client.execute("import time; time.sleep(600)")
     time.sleep(0.5)
     kernel.send_signal(signal.SIGINT)
-    while (reply := client.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != waiting:
+    while (reply := client.get_shell_msg(timeout=300))["parent_header"]["msg_id"] != waiting:
         pass
     assert reply["content"]["ename"] == "KeyboardInterrupt"
     with pytest.raises(subprocess.TimeoutExpired):
         kernel.wait(timeout=0.1)
     kernel.terminate()
-    kernel.wait(timeout=60)
+    kernel.wait(timeout=300)
     kernel.kill()  # of what is gone: nothing happens
     client.stop_channels()
 
