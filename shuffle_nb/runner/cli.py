@@ -33,7 +33,7 @@ from rich.text import Text
 
 import shuffle_nb
 from ..foundations.claims import Table, claims_table, plain_text
-from . import catalogue, execute
+from . import catalogue, execute, many, parameters
 from .catalogue import BadInput, Paper, Unreadable, claim_of
 from .execute import Interrupted, RunResult, shortened, write_atomically
 from .new import draft_files, write_draft
@@ -282,10 +282,10 @@ def run(
     """
     shorthands = {"device": device, "scale": scale}
     given = [*(param or []), *(f"{name}={text}" for name, text in shorthands.items() if text)]
-    texts = execute.read_options(given)
+    texts = parameters.read_options(given)
     chosen = choose(names or [], all_papers)
-    results = execute.run_notebooks(
-        [(paper, execute.shell_parameters(paper, texts)) for paper in chosen],
+    results = many.run_notebooks(
+        [(paper, parameters.shell_parameters(paper, texts)) for paper in chosen],
         out=out,
         html=html,
         jobs=jobs,
@@ -565,7 +565,7 @@ def refresh_notebook(
     """Execute a notebook in place; the file changes only if every cell ran."""
     if {"site-packages", "dist-packages"} & set(paper.path.absolute().parts):
         raise BadInput(f"{paper.slug} is part of an installed package; refresh needs a checkout")
-    result = execute.run_notebook(paper, out=out)
+    result = many.run_notebook(paper, out=out)
     if result.error:
         return result
     executed = tidy(json.loads(result.notebook.read_text(encoding="utf-8")))

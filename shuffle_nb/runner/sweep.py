@@ -22,20 +22,19 @@ import shuffle_nb
 from .catalogue import BadInput, Paper, read_cells
 from shuffle_nb.runner.execute import (
     Interrupted,
-    Job,
     RunResult,
     check_folder,
-    check_parameters,
-    default_parameters,
-    distinct,
     prepare,
-    progress_bars,
-    read_options,
-    read_value,
     reason,
-    run_jobs,
     with_parameters,
     write_atomically,
+)
+from .many import Job, distinct, progress_bars, run_jobs
+from shuffle_nb.runner.parameters import (
+    check_parameters,
+    default_parameters,
+    read_options,
+    read_value,
 )
 
 # %% ../../nbs/runner/03_sweep.ipynb #cell-006

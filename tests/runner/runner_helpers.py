@@ -40,3 +40,15 @@ def outputs(path):
     """All text that a notebook's cells printed."""
     cells = nbformat.read(path, as_version=4).cells
     return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+WAIT = """import os, pathlib, time
+print("reached")
+pathlib.Path("pid").write_text(str(os.getpid()))
+time.sleep(60)"""
+
+
+def pid_of(folder):
+    """The process that a WAIT cell runs in, once it has said so."""
+    path = folder / "pid"
+    return int(wait_until(lambda: path.is_file() and path.read_text()))

@@ -1,4 +1,4 @@
-"""One notebook or many: parameters, numbering, failure, death, interruption."""
+"""One notebook: its place, its kernel, its failures, floods, deaths."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from runner_helpers import claim, is_gone, outputs, wait_until
+from runner_helpers import WAIT, claim, outputs, pid_of
 
 import shuffle_nb
 from shuffle_nb.runner import execute as executing
@@ -18,179 +18,13 @@ from shuffle_nb.runner.execute import (
     STORED,
     RunResult,
     check_folder,
-    check_parameters,
-    fits,
-    prepare,
-    read_options,
-    read_value,
     reserve,
-    run_notebook,
-    run_notebooks,
     telling_line,
     write_atomically,
 )
+from shuffle_nb.runner.many import run_notebook
 
 pytestmark = pytest.mark.timeout(300)
-WAIT = """import os, pathlib, time
-print("reached")
-pathlib.Path("pid").write_text(str(os.getpid()))
-time.sleep(60)"""
-
-
-def pid_of(folder):
-    """The process that a WAIT cell runs in, once it has said so."""
-    path = folder / "pid"
-    return int(wait_until(lambda: path.is_file() and path.read_text()))
-
-
-# Parameters
-
-
-@pytest.mark.parametrize(
-    ("text", "default", "value"),
-    [
-        ("3", 1, 3),
-        ("1e-3", 0.1, 1e-3),
-        ("1", "text", "1"),
-        ("'1'", "text", "1"),
-        ("true", False, True),
-        ("False", True, False),
-        ("[1, 2]", [0], [1, 2]),
-        ("abc", 1, "abc"),
-        ("None", None, None),
-        ("-3", 1, -3),
-        ("(0, 1)", [0], (0, 1)),
-        ("[[1, -2], []]", [[0]], [[1, -2], []]),
-        ("'it\\'s'", "text", "it's"),
-        ("'a' or 'b'", "text", "'a' or 'b'"),
-        ("{'window': 1}", {}, {"window": 1}),
-        ("1e999", 0.1, float("inf")),
-        ("(" * 500, [0], "(" * 500),
-    ],
-)
-def test_text_is_read_by_the_type_of_the_default(text, default, value):
-    assert read_value(text, default) == value
-
-
-@pytest.mark.parametrize(
-    ("value", "default", "expected"),
-    [
-        (1, 0.5, True),
-        (0.5, 1, False),
-        (True, 1, False),
-        (1, True, False),
-        (True, 0.5, False),
-        ("a", "b", True),
-        (1, "b", False),
-        ([1, 2], [0], True),
-        ([1, "a"], [0], False),
-        ([0.5], [1], False),
-        ([1], [0.5], True),
-        ([], [1], True),
-        (["a"], [], True),
-        (1, [1], False),
-        (object(), None, True),
-    ],
-)
-def test_types_are_strict(value, default, expected):
-    assert fits(value, default) is expected
-
-
-PLAIN = """lr = 0.1
-seeds = [0]
-rates = [0.5]
-sizes = (1, 2)
-nested = [[0]]
-name = "a"
-anything = None
-layout = {}"""
-
-
-@pytest.mark.parametrize(
-    ("given", "arrives"),
-    [
-        ({"lr": 1}, {"lr": 1.0}),
-        ({"seeds": (0, 1)}, {"seeds": [0, 1]}),
-        ({"rates": [1, -2]}, {"rates": [1.0, -2.0]}),
-        ({"sizes": [3]}, {"sizes": (3,)}),
-        ({"nested": [(1, 2), []]}, {"nested": [[1, 2], []]}),
-        ({"name": 'it\'s "quoted"\n{x}\\'}, {"name": 'it\'s "quoted"\n{x}\\'}),
-        ({"anything": (1, None, [True])}, {"anything": (1, None, [True])}),
-        ({"layout": {"window": (1, 2)}}, {"layout": {"window": (1, 2)}}),
-    ],
-)
-def test_parameters_arrive_as_what_they_are(write, given, arrives):
-    paper = find(str(write(parameters=PLAIN)))
-    checked = check_parameters(paper, given)
-    assert repr(checked) == repr(arrives)
-    node = nbformat.reads(prepare(paper, checked), as_version=4)
-    found = {}
-    exec(node.cells[1].source, found)
-    exec(node.cells[2].source, found)
-    assert repr({name: found[name] for name in given}) == repr(arrives)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"lr": float("inf")},
-        {"lr": float("nan")},
-        {"lr": 10**400},
-        {"rates": [1.0, float("inf")]},
-        {"anything": object()},
-        {"anything": [float("nan")]},
-        {"layout": {"window": {1, 2}.__iter__()}},
-    ],
-)
-def test_what_no_notebook_can_say_is_refused(write, given):
-    with pytest.raises(ValueError, match="expects finite numbers, text, lists and the like"):
-        check_parameters(find(str(write(parameters=PLAIN))), given)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            {"stesp": 1},
-            "small has no parameter 'stesp'; did you mean 'steps'? it knows: steps, lr, seeds",
-        ),
-        ({"zzz": 1}, "small has no parameter 'zzz'; it knows: steps, lr, seeds"),
-        ({"steps": "abc"}, "parameter 'steps' of small expects int (default 3), got 'abc'"),
-        ({"seeds": ["a"]}, "parameter 'seeds' of small expects list[int] (default [0]), got ['a']"),
-    ],
-)
-def test_a_bad_parameter_is_one_clear_line_and_nothing_is_written(write, tmp_path, given, message):
-    paper = find(str(write()))
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        run_notebook(paper, given, out=tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_missing_device_is_refused(write):
-    paper = find(str(write(parameters="device = 'auto'")))
-    with pytest.raises(ValueError, match="device 'cuda:99' is not available on this machine"):
-        check_parameters(paper, {"device": "cuda:99"})
-    assert check_parameters(paper, {"device": "cuda:99"}, device_here=False)
-
-
-def test_a_parameters_cell_that_cannot_be_read_is_named(write):
-    with pytest.raises(ValueError, match="tagged 'parameters' is not plain Python"):
-        check_parameters(find(str(write(parameters="steps = = 3"))), {"steps": 3})
-
-
-def test_an_unknown_scale_is_refused(write):
-    paper = find(str(write(parameters="scale = 'laptop'")))
-    with pytest.raises(ValueError, match="'scale' expects laptop or full, got 'huge'"):
-        check_parameters(paper, {"scale": "huge"})
-
-
-@pytest.mark.parametrize("option", ["steps", "steps=", "=3", "="])
-def test_an_option_without_name_or_value_is_refused(option):
-    with pytest.raises(ValueError, match="given as name=value"):
-        read_options([option])
-
-
-# Places
 
 
 def test_many_at_once_never_get_the_same_file(tmp_path):
@@ -244,9 +78,6 @@ def test_a_file_in_the_way_is_bad_input(write, tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ValueError, match="cannot write into"):
         run_notebook(find(str(write())), out=tmp_path / "runs")
-
-
-# Runs
 
 
 def test_a_run_measures_its_claims_with_the_given_parameters(write, tmp_path):
@@ -336,42 +167,6 @@ def test_the_failing_line_is_the_running_cells_own(traceback, line):
     assert telling_line(cell) == line
 
 
-ENDS = {
-    "exit0": ("import sys; sys.exit(0)", "failed", "SystemExit: 0"),
-    "exit3": ("raise SystemExit(3)", "failed", "SystemExit: 3"),
-    "dies": ("import os; os._exit(0)", "died", "Kernel died"),
-    "raises": ("x = 1\nraise ValueError('a\\n\\x1b[31mb')", "failed", "ValueError: a b"),
-    "garbled": (
-        "from IPython.display import display\n"
-        "display({'application/vnd.shuffle-nb.claims+json': {'claims': [1]}}, raw=True)",
-        "failed",
-        "its stored claims cannot be read: ",
-    ),
-    "surrogate": ("display({'text/plain': '\\ud800'}, raw=True)", "failed", "UnicodeEncodeError"),
-}
-
-
-def test_the_trouble_of_one_is_its_result_and_the_others_run(write, shuffle_nb, tmp_path):
-    paths = [write(code, "print('last')", name=name) for name, (code, *_) in ENDS.items()]
-    broken = tmp_path / "broken.ipynb"
-    broken.write_text('{"cells": 3}')
-    odd = write(parameters="a = = 1", name="odd")
-    dash = write("print('dash')", name="-dash")
-    bare = tmp_path / "bare.ipynb"
-    bare.write_text('{"cells": [{"cell_type": "code", "source": "print(1)"}]}')
-    done = shuffle_nb("run", *paths, broken, odd, dash, bare)
-    assert done.returncode == 1 and done.stderr == ""
-    for name, (_, status, error) in ENDS.items():
-        assert f"{name}: {error}" in done.stdout, status
-    assert "broken: " in done.stdout and "broken.ipynb is not a notebook" in done.stdout
-    assert "odd: the cell tagged 'parameters' is not plain Python" in done.stdout
-    assert "-dash: no claims" in done.stdout and "bare: no claims" in done.stdout
-    assert "raise ValueError('a" in done.stdout and "\x1b" not in done.stdout
-    assert outputs(tmp_path / "runs" / "-dash.ipynb") == "dash\n"
-    kept = {path.stem for path in (tmp_path / "runs").iterdir()}
-    assert kept == {*ENDS, "-dash", "bare"}
-
-
 FLOOD = """import sys
 for _ in range(3000):
     sys.stdout.write("0" * 2000 + "\\n")
@@ -401,40 +196,6 @@ def test_a_full_disk_is_a_result_and_the_last_state_stays(write, tmp_path, monke
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
-def test_a_full_disk_before_the_first_cell_leaves_nothing(write, tmp_path, monkeypatch):
-    write_text = Path.write_text
-
-    def full(path, *arguments, **options):
-        if path.parent.name == "runs":
-            raise OSError(28, "No space left on device")
-        return write_text(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "write_text", full)
-    results = run_notebooks([(find(str(write())), {})] * 2, out=tmp_path / "runs")
-    assert [result.error for result in results] == ["No space left on device"] * 2
-    assert list((tmp_path / "runs").iterdir()) == []
-
-
-def test_a_page_that_cannot_be_written_is_a_result(write, tmp_path, monkeypatch):
-    from shuffle_nb.runner import page
-
-    monkeypatch.setattr(page, "own_exporter", lambda: 1 / 0)
-    result = run_notebook(find(str(write())), out=tmp_path / "runs", html=True)
-    assert result.error == "no page: ZeroDivisionError: division by zero"
-    assert not result.ok and result.notebook.exists()
-
-
-def test_a_notebook_imports_what_lies_beside_it(write, tmp_path, monkeypatch):
-    desk = tmp_path / "my desk's"
-    path = write("import helper; print(helper.answer)", "print('sys' in globals())", folder=desk)
-    (desk / "helper.py").write_text("answer = 42")
-    (desk / "json.py").write_text("raise RuntimeError('the wrong one')")
-    monkeypatch.chdir(tmp_path)
-    runs = [(find(str(path)), {})] * 2
-    for result in run_notebooks(runs, out=tmp_path / "runs", jobs=2):
-        assert result.ok and outputs(result.notebook) == "42\nFalse\n"
-
-
 def test_texts_of_a_result_are_one_short_line():
     result = RunResult("a\x1b[1m", "failed", error="long " * 1000 + "\nend", line="x = '\x1b[2J'")
     assert result.name == "a" and result.line == "x = ''"
@@ -448,93 +209,3 @@ def test_a_killed_kernel_leaves_the_partial_notebook(write, start, tmp_path):
     assert running.returncode == 1 and err == ""
     assert "small: Kernel died in cell 4: import os, pathlib, time (" in out
     assert "before" in outputs(tmp_path / "runs" / "small.ipynb")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interruption_leaves_the_partial_notebook_and_no_kernel(write, start, tmp_path, number):
-    running = start("run", write("print('before')", WAIT), write(name="next"))
-    pid = pid_of(tmp_path)
-    os.killpg(running.pid, number)  # as a terminal does
-    out, err = running.communicate(timeout=90)
-    assert running.returncode == 130
-    assert err == "shuffle-nb: interrupted: small in cell 4: import os, pathlib, time\n"
-    assert "partial notebook: runs/small.ipynb" in out
-    assert "before" in outputs(tmp_path / "runs" / "small.ipynb")
-    assert not (tmp_path / "runs" / "next.ipynb").exists()
-    wait_until(lambda: is_gone(pid))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_among_many_keeps_what_each_had_done(write, start, tmp_path, number):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    slow = WAIT.replace('"pid"', 'f"{name}.pid"')
-    names = ("left", "right")
-    paths = [write(f"name = {name!r}", "print('before')", slow, name=name) for name in names]
-    running = start("run", write("print('done')"), *paths, "--jobs", "2", TMPDIR=str(scratch))
-    files = [tmp_path / f"{name}.pid" for name in names]
-    wait_until(lambda: all(file.is_file() and file.read_text() for file in files))
-    # A terminal tells all its processes, a job manager the first.
-    (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)
-    err = running.communicate(timeout=90)[1]
-    assert running.returncode == 130, err
-    assert err.startswith("shuffle-nb: interrupted: ") and err.count("\n") == 1
-    assert err.count("in cell 5: import os, pathlib, time") == 2
-    for name in names:
-        assert outputs(tmp_path / "runs" / f"{name}.ipynb") == "before\n"
-    assert outputs(tmp_path / "runs" / "small.ipynb") == "done\n"
-    wait_until(lambda: all(is_gone(int(file.read_text())) for file in files))
-    assert list(scratch.iterdir()) == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_while_the_cluster_starts_is_quiet(write, start, tmp_path, number):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    paths = [write(name="a"), write(name="b")]
-    running = start("run", *paths, "--jobs", "2", TMPDIR=str(scratch))
-    wait_until(lambda: list(scratch.glob("shuffle-nb-*")))  # made just before the workers
-    (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)
-    out, err = running.communicate(timeout=90)
-    assert (running.returncode, out) == (130, "")
-    assert err == "shuffle-nb: interrupted: nothing was running\n"
-    assert list(scratch.iterdir()) == []
-
-
-# Many
-
-# A cell's parent process is the worker.
-KILL_WORKER = """import os, signal, time
-time.sleep(0.2)  # let the worker tell that we began
-os.kill(os.getppid(), signal.SIGKILL)
-time.sleep(9)"""
-
-
-def test_many_go_on_when_one_fails_and_one_kills_its_workers(write, tmp_path):
-    paths = {
-        "good": write(claim(), name="good"),
-        "fails": write("1 / 0", name="fails"),
-        "always": write("print('before')", KILL_WORKER, name="always"),
-    }
-    results = run_notebooks(
-        [(find(str(path)), {}) for path in paths.values()], out=tmp_path / "runs", jobs=2
-    )
-    outcome = {result.name: result for result in results}
-    assert {name: result.status for name, result in outcome.items()} == {
-        "good": "ok",
-        "fails": "failed",
-        "always": "died",
-    }
-    always = outcome["always"]
-    assert (always.cell, always.error) == (4, "its worker died, twice")
-    assert outputs(always.notebook) == "before\n"
-    assert all(result.notebook.is_file() for result in results)
-
-
-def test_results_of_the_same_notebook_get_names_of_their_own(write, tmp_path):
-    paper = find(str(write("print(steps)")))
-    results = run_notebooks([(paper, {"steps": 1}), (paper, {"steps": 2})], out=tmp_path / "runs")
-    assert [result.name for result in results] == ["small", "small (2)"]
-    assert [outputs(result.notebook).strip() for result in results] == ["1", "2"]
-    assert nbformat.read(results[1].notebook, as_version=4)
-    assert Path(results[1].notebook).name == "small-2.ipynb"

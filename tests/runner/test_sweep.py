@@ -14,7 +14,7 @@ from runner_helpers import claim, is_gone, wait_until
 
 import shuffle_nb as package
 from shuffle_nb.foundations.claims import Claim, claim_record
-from shuffle_nb.runner import execute
+from shuffle_nb.runner import many
 from shuffle_nb.runner import sweep as sweeping
 from shuffle_nb.runner.catalogue import find
 from shuffle_nb.runner.execute import Interrupted, RunResult
@@ -375,39 +375,7 @@ def test_ctrl_c_keeps_the_finished_cells_of_a_sweep(write, tmp_path, monkeypatch
     assert told == ["1 of 3 already done"]
 
 
-class Workers:
-    """Answers as a connected client does, with what two workers would say."""
-
-    def __init__(self, answer):
-        self.answer = answer
-
-    def run(self, function):
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ({}, "tcp://x has no workers; start one with: dask worker tcp://x"),
-        ({"tcp://a": "0" * 64}, "the code of shuffle_nb .* is another one on tcp://a than here"),
-        (
-            Exception("Traceback\n  File\nModuleNotFoundError: No module named 'shuffle_nb'"),
-            "the workers of tcp://x cannot run shuffle_nb .*: ModuleNotFoundError: No module named",
-        ),
-    ],
-)
-def test_workers_that_could_not_run_our_code_are_refused(answer, message):
-    with pytest.raises(ValueError, match=message):
-        execute.check_workers(Workers(answer), "tcp://x")
-
-
-def test_workers_with_our_own_code_are_taken():
-    execute.check_workers(Workers({"tcp://a": execute.package_digest()}), "tcp://x")
-
-
 def test_the_package_digest_follows_every_module(small_package):
-    before = execute.package_digest()
+    before = many.package_digest()
     (small_package / "c" / "other.py").write_text("y = 2")
-    assert execute.package_digest() != before
+    assert many.package_digest() != before
