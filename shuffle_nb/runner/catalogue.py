@@ -285,7 +285,9 @@ def stored_claims(
             date = {"date": plain_text(bundle.get("date", ""))}
             claims += [claim_record(claim_of(record)) | date for record in bundle["claims"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else plain_text(error)
+        reason = "they are not as check_claims writes them"
+        if isinstance(error, ValueError):
+            reason = plain_text(error)
         raise Unreadable(f"its stored claims cannot be read: {reason}") from None
     return claims
 

@@ -522,7 +522,8 @@ def tidy(
     if cells and cells[0]["cell_type"] == "markdown":
         source = "".join(cells[0]["source"])
         joined = [{**cell, "source": "".join(cell["source"])} for cell in cells]
-        cells[0]["source"] = with_minutes(source, catalogue.reading_minutes(joined))
+        stated = with_minutes(source, catalogue.reading_minutes(joined))
+        cells[0]["source"] = stated.splitlines(keepends=True)
     return notebook
 
 
