@@ -206,7 +206,8 @@ def check_workers(
     if not digests:
         raise BadInput(f"{scheduler} has no workers; start one with: dask worker {scheduler}")
     if other := [address for address, code in digests.items() if code != package_digest()]:
-        raise BadInput(f"the code of {version} is another one on {', '.join(other)} than here")
+        where = ", ".join(other)
+        raise BadInput(f"{where} runs other code of {version} than we do: install the same there")
 
 # %% ../../nbs/runner/09_many.ipynb #2e650100
 class Follower:

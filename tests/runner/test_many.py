@@ -186,7 +186,7 @@ class Workers:
     ("answer", "message"),
     [
         ({}, "tcp://x has no workers; start one with: dask worker tcp://x"),
-        ({"tcp://a": "0" * 64}, "the code of shuffle_nb .* is another one on tcp://a than here"),
+        ({"tcp://a": "0" * 64}, "tcp://a runs other code of shuffle_nb .* than we do"),
         (
             Exception("Traceback\n  File\nModuleNotFoundError: No module named 'shuffle_nb'"),
             "the workers of tcp://x cannot run shuffle_nb .*: ModuleNotFoundError: No module named",
