@@ -1,5 +1,6 @@
 """Stochastic layer-wise shuffle: the wrapper, the selective scan below it, and the model."""
 
+import io
 import math
 
 import pytest
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from shuffle_nb.foundations.reference import load_reference
 from shuffle_nb.shuffles.layer_shuffle import (
     SHUFFLE_MAMBA_SIZES,
     BiMamba,
@@ -16,8 +19,11 @@ from shuffle_nb.shuffles.layer_shuffle import (
     LayerShuffle,
     MambaBlock,
     ShuffleMamba,
+    _released_names,
     inverse_permutation,
     layer_shuffle,
+    load_released,
+    resize_positions,
     sample_permutation,
     selective_scan,
     shuffle_probs,
@@ -517,8 +523,340 @@ def test_state_dict_round_trip():
         (lambda: small_model(init="zeros"), "init must be 'vim' or 'released', got 'zeros'"),
         (lambda: small_model()(torch.zeros(1, 1, 8, 7)), "divisible by patch 2"),
         (lambda: small_model()(torch.zeros(1, 8, 8)), "x must be"),
+        (lambda: small_model()(torch.zeros(1, 3, 8, 8)), r"x must be \(batch, 1, height, width\)"),
+        (lambda: small_model(num_classes=-1), "num_classes must be at least 0, got -1"),
+        (lambda: small_model(stride=0), "stride must be at least 1, got 0"),
+        (lambda: small_model(stride=4), "divisible by patch 2 in steps of 4, got 8"),
+        (lambda: resize_positions(torch.zeros(1, 4, 2), (2, 2)), "a square grid, got 4"),
     ],
 )
 def test_message_says_what_was_expected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---------------------------------------------------------------- the authors' numbers
+
+
+def gradients(outputs, inputs):
+    return torch.autograd.grad(sum(y.square().sum() for y in outputs), inputs)
+
+
+def shuffle_around_a_layer(case):
+    x, r = (case.tensors[name].clone().requires_grad_() for name in ("x", "r"))
+    perm = torch.tensor(case.settings["perm"])
+
+    def layer(h, r):
+        return (h * (r + 0.5)).cumsum(1), r + h.flip(1).cumsum(1).flip(1)
+
+    shuffled = layer_shuffle(x, layer, 1.0, True, residual=r, perm=perm)
+    plain = layer_shuffle(x, layer, 1.0, False, residual=r)
+    grad_x, grad_r = gradients(shuffled, (x, r))
+    return {
+        "output": shuffled[0], "residual": shuffled[1],
+        "output, plain": plain[0], "residual, plain": plain[1],
+        "gradient w.r.t. x": grad_x, "gradient w.r.t. r": grad_r,
+    }  # fmt: skip
+
+
+def released_model(weights, **options) -> ShuffleMamba:
+    """Our model with weights under the authors' names."""
+    model = ShuffleMamba(**options).double()
+    load_released(model, weights)
+    return model
+
+
+def mixer_and_block(case):
+    weights = {f"layers.0.mixer.{name}": value for name, value in case.tensors.items()}
+    weights["layers.0.norm.weight"] = weights.pop("layers.0.mixer.norm.weight")
+    h, r = (weights.pop(f"layers.0.mixer.{name}") for name in "hr")
+    model = ShuffleMamba(2, 1, 1, 6, 1, num_classes=0, state=4, dt_rank=2).double()
+    others = {
+        "patch_embed.proj.weight": torch.zeros(6, 1, 1, 1), "patch_embed.proj.bias": torch.zeros(6),
+        "cls_token": torch.zeros(1, 1, 6), "pos_embed": torch.zeros(1, 5, 6),
+        "norm_f.weight": torch.ones(6),
+    }  # fmt: skip
+    load_released(model, weights | others)
+    block = model.blocks[0]
+    h.requires_grad_()
+    mixed = block.mixer(h)
+    out, total = block.train()(h, r, perm=torch.tensor(case.settings["perm"]))
+    return {
+        "mixer output": mixed, "gradient w.r.t. h": gradients([mixed], h)[0],
+        "block output": out, "block residual": total,
+    }  # fmt: skip
+
+
+def whole_network(case):
+    weights = dict(case.tensors)
+    x = weights.pop("x").requires_grad_()
+    model = released_model(
+        weights, img_size=6, patch_size=3, depth=3, dim=6, in_chans=2, num_classes=4,
+        drop_path=0.0, state=4, dt_rank=2,
+    )  # fmt: skip
+    found = {"logits, eval": model.eval()(x)}
+    h, r = model.train().embed(x), None
+    for block, perm in zip(model.blocks, case.settings["perms"], strict=True):
+        h, r = block(h, r, perm=None if perm is None else torch.tensor(perm))
+    logits = model.head(model.norm(r[:, 0] + h[:, 0]))
+    return found | {
+        "logits, training": logits, "gradient w.r.t. x": gradients([logits], x)[0]
+    }  # fmt: skip
+
+
+def the_scan(case):
+    t = case.tensors
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    inputs = [t[name].clone().requires_grad_() for name in names]
+    y = selective_scan(*inputs, delta_softplus=True)
+    two = selective_scan(t["u"], t["delta_positive"], t["A"], t["B2"], t["C2"])
+    grads = zip(names, gradients([y], inputs), strict=True)
+    return {"output": y, "output, two groups": two} | {f"gradient w.r.t. {n}": g for n, g in grads}
+
+
+RECOMPUTE = {
+    "shuffle around an order-dependent layer": shuffle_around_a_layer,
+    "selective scan, all options and two groups": the_scan,
+    "bidirectional mixer, and a block with a shuffle": mixer_and_block,
+    "whole network, eval and training": whole_network,
+}
+
+
+@pytest.mark.parametrize("case", [*load_reference("layer_shuffle")], ids=lambda case: case.name)
+def test_against_the_authors_code(case, agree):
+    agree(case, RECOMPUTE[case.name](case))
+
+
+# ---------------------------------------------------------------- the authors' checkpoints
+
+
+def made_up_release(model: ShuffleMamba) -> dict:
+    """Random weights under the names and in the shapes of the released code."""
+    dim, inner = model.head.in_features, model.blocks[0].mixer.inner
+    rank, state = model.blocks[0].mixer.rank, model.blocks[0].mixer.state
+    mixer = {"in_proj.weight": (2 * inner, dim), "out_proj.weight": (dim, inner)}
+    for way in ("", "_b"):
+        mixer |= {
+            f"conv1d{way}.weight": (inner, 1, 4), f"conv1d{way}.bias": (inner,),
+            f"x_proj{way}.weight": (rank + 2 * state, inner),
+            f"dt_proj{way}.weight": (inner, rank), f"dt_proj{way}.bias": (inner,),
+            f"A{way}_log": (inner, state), f"D{way}": (inner,),
+        }  # fmt: skip
+    shapes = {
+        "patch_embed.proj.weight": model.patches.weight.shape,
+        "patch_embed.proj.bias": (dim,), "cls_token": (1, 1, dim),
+        "pos_embed": model.positions.shape, "norm_f.weight": (dim,),
+        "head.weight": (model.head.out_features, dim), "head.bias": (model.head.out_features,),
+    }  # fmt: skip
+    for layer in range(len(model.blocks)):
+        shapes[f"layers.{layer}.norm.weight"] = (dim,)
+        shapes |= {f"layers.{layer}.mixer.{name}": shape for name, shape in mixer.items()}
+    return {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+
+
+def test_released_weights_land_where_they_belong():
+    model = small_model()
+    weights = made_up_release(model)
+    load_released(model, {"model": weights, "epoch": 299})
+    mixer = model.blocks[2].mixer
+    for way, ending in enumerate(("", "_b")):
+        theirs = {n: weights[f"layers.2.mixer.{n}"] for n in (f"A{ending}_log", f"D{ending}")}
+        assert torch.equal(mixer.A_log[way], theirs[f"A{ending}_log"])
+        assert torch.equal(mixer.D[way], theirs[f"D{ending}"])
+        half = slice(way * mixer.inner, (way + 1) * mixer.inner)
+        assert torch.equal(
+            mixer.conv.weight[half], weights[f"layers.2.mixer.conv1d{ending}.weight"]
+        )
+        assert torch.equal(mixer.x_proj[way], weights[f"layers.2.mixer.x_proj{ending}.weight"])
+        assert torch.equal(mixer.dt_bias[way], weights[f"layers.2.mixer.dt_proj{ending}.bias"])
+    assert torch.equal(model.norm.weight, weights["norm_f.weight"])
+    assert torch.equal(model.positions, weights["pos_embed"])
+    assert "model" not in weights and len(weights) == 58  # the caller's dictionary is left alone
+
+
+def test_released_weights_for_another_picture_size_and_without_a_head():
+    weights = made_up_release(small_model())
+    larger = small_model(img_size=12, num_classes=0)
+    load_released(larger, weights)
+    assert larger.positions.shape == (1, 37, 16)
+    assert torch.equal(larger.positions[:, 0], weights["pos_embed"][:, 0])
+    assert larger(torch.rand(2, 1, 12, 12)).shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("layers.1.mixer.A_b_log"), "must hold 'layers.1.mixer.A_b_log'"),
+        (lambda w: w.update(neck=torch.zeros(1)), "nothing else, got 'neck'"),
+        (
+            lambda w: w.update({"norm_f.weight": torch.ones(8)}),
+            r"weights\['norm_f.weight'\] must give shape \(16,\), got \(8,\)",
+        ),
+        (lambda w: w.update(pos_embed=torch.ones(1, 18, 16)), "a square grid, got 18"),
+    ],
+)
+def test_released_weights_that_do_not_fit(change, message):
+    model = small_model()
+    weights = made_up_release(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    change(weights)
+    with pytest.raises(ValueError, match=message):
+        load_released(model, weights)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())  # all or nothing
+
+
+# ---------------------------------------------------------------- gradient checkpointing
+
+
+def gradient_of(module, run) -> torch.Tensor:
+    module.zero_grad()
+    torch.manual_seed(5)
+    run().square().sum().backward()
+    return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
+@pytest.mark.parametrize("prob", [1.0, 0.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_checkpointed_block_repeats_the_permutation_of_its_generator(prob, seed):
+    block, (x, r) = MambaBlock(16, drop_path=0.3, state=4), torch.randn(2, 2, 9, 16)
+    plain = gradient_of(block, lambda: block(x, r, prob, seeded(seed))[0])
+    again = gradient_of(
+        block, lambda: checkpoint(block, x, r, prob, seeded(seed), use_reentrant=False)[0]
+    )
+    assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("generator", [True, False])
+def test_checkpointing_changes_no_gradient(generator):
+    model, x = small_model(shuffle_rate=1.0, drop_path=0.3), torch.rand(3, 1, 8, 8)
+
+    def draw():
+        return seeded(3) if generator else None
+
+    plain = gradient_of(model, lambda: model(x, draw()))
+    whole = gradient_of(model, lambda: checkpoint(model, x, draw(), use_reentrant=False))
+    model.checkpointing = True
+    assert torch.equal(plain, gradient_of(model, lambda: model(x, draw())))
+    assert torch.equal(plain, whole)
+
+
+def test_two_passes_before_a_backward_keep_their_own_permutations():
+    wrapped, generator = LayerShuffle(BiMamba(8, state=4), 1.0), seeded(1)
+    x, y = (torch.randn(2, 6, 8, requires_grad=True) for _ in "xy")
+
+    def both(run):
+        generator.manual_seed(1)
+        return run(x) + 2 * run(y)
+
+    plain = gradient_of(wrapped, lambda: both(lambda x: wrapped(x, generator=generator)))
+    again = gradient_of(
+        wrapped,
+        lambda: both(lambda x: checkpoint(wrapped, x, None, generator, use_reentrant=False)),
+    )
+    assert torch.allclose(plain, again, rtol=0, atol=1e-5 * plain.abs().max())
+
+
+def test_a_draw_that_cannot_be_repeated_says_so():
+    """Reentrant checkpointing keeps no graph; data that want no gradient leave no node."""
+    block = MambaBlock(8, state=4)
+    h = torch.randn(1, 5, 8, requires_grad=True)
+    out = checkpoint(block, h, None, 1.0, seeded(0), use_reentrant=True)[0]
+    with pytest.raises(ValueError, match=r"generator cannot repeat its draw.*pass perm="):
+        out.sum().backward()
+    wrapped = LayerShuffle(BiMamba(8, state=4), 1.0)
+    out = checkpoint(wrapped, h.detach(), None, seeded(0), use_reentrant=False)
+    with pytest.raises(ValueError, match="got 0 draws"):
+        out.sum().backward()
+
+
+# ---------------------------------------------------------------- what users miss
+
+
+def test_features_without_a_head():
+    model, x = small_model(num_classes=0).eval(), torch.rand(2, 1, 8, 8)
+    assert isinstance(model.head, nn.Identity)
+    assert model(x).shape == (2, 16) and torch.equal(model(x), model.forward_features(x))
+    with_head = small_model().eval()
+    assert torch.equal(with_head(x), with_head.head(with_head.forward_features(x)))
+
+
+def test_what_the_authors_do_not_decay():
+    """By their rule: fewer than two axes in THEIR shapes, or the class token and the positions."""
+    model = small_model()
+    kept = model.no_weight_decay() | {n for n, p in model.named_parameters() if p.ndim < 2}
+    theirs = made_up_release(model)
+    for name in model.state_dict():
+        names = _released_names(name)
+        decays = theirs[names[0]].ndim > 1 and names[0] not in ("pos_embed", "cls_token")
+        assert (name not in kept) == decays, name
+
+
+def test_overlapping_patches():
+    model = small_model(stride=1).eval()
+    assert model.grid == 7 and model.positions.shape == (1, 50, 16)
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 5)
+    assert model(torch.rand(2, 1, 9, 5)).shape == (2, 5)
+    assert small_model(img_size=9, patch_size=3, stride=2).grid == 4
+
+
+def test_weights_of_another_picture_size_are_resized_not_refused():
+    model, larger = small_model(), small_model(img_size=12)
+    weights = model.state_dict()
+    larger.load_state_dict(weights)
+    assert torch.equal(larger.positions, resize_positions(model.positions, (6, 6)))
+    assert weights["positions"].shape == (1, 17, 16)  # the caller's dictionary stays
+    holder, target = nn.ModuleDict({"net": model}), nn.ModuleDict({"net": larger})
+    target.load_state_dict(holder.state_dict())  # also inside another module
+
+
+def released_step(model: ShuffleMamba, x: torch.Tensor) -> torch.Tensor:
+    """A training pass with random numbers in the released code's order: coin, order, DropPath."""
+
+    def drop_path(x, prob):
+        if prob == 0:
+            return x
+        keep = (1 - prob) + torch.rand(len(x), 1, 1)
+        return x / (1 - prob) * keep.floor()
+
+    h, r = model.embed(x), None
+    for block, prob in zip(model.blocks, model.probs, strict=True):
+        perm = torch.arange(h.shape[1])
+        if torch.rand(1).item() < prob:
+            perm = torch.randperm(h.shape[1])
+        h = h[:, perm]
+        r = h if r is None else r[:, perm] + drop_path(h, block.drop_path.prob)
+        h = block.mixer(block.norm(r))
+        h, r = h[:, perm.argsort()], r[:, perm.argsort()]
+    r = r + drop_path(h, model.drop_path.prob)
+    return model.head(model.norm(r)[:, 0])
+
+
+def test_seeds_of_the_released_code_are_reproduced():
+    model, x = small_model(shuffle_rate=0.7, drop_path=0.4), torch.rand(6, 1, 8, 8)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        ours = model(x)
+        end = torch.get_rng_state()
+        torch.manual_seed(seed)
+        assert torch.allclose(ours, released_step(model, x), atol=1e-5)
+        assert torch.equal(torch.get_rng_state(), end)
+
+
+@pytest.mark.usefixtures("plain_python")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rms_norm", [True, False])
+def test_every_operation_has_a_form_in_onnx(rms_norm):
+    model = small_model(depth=1, rms_norm=rms_norm).eval()
+    try:
+        torch.onnx.export(
+            model, (torch.rand(1, 1, 8, 8),), io.BytesIO(), dynamo=False, opset_version=18
+        )
+    except torch.onnx.OnnxExporterError as error:  # raised when all is converted, to write it
+        assert "onnx is not installed" in str(error)
+
+
+@pytest.mark.usefixtures("plain_python")
+def test_export_holds_one_operation_for_each_scan():
+    model = small_model().eval()
+    program = torch.export.export(model, (torch.rand(2, 1, 8, 8),))
+    assert sum("selective_scan" in str(node.target) for node in program.graph.nodes) == 3
