@@ -1,4 +1,4 @@
-"""HSSDA: boxes and overlaps, thresholds and levels, quadrant shuffles, teacher and trainer."""
+"""HSSDA: scores, thresholds and levels, quadrant shuffles, teacher and trainer."""
 
 import copy
 import math
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import nn
 
+from shuffle_nb.foundations.reference import load_reference
 from shuffle_nb.shuffles.hssda import (
     BEVDetector,
     Detections,
@@ -25,12 +26,11 @@ from shuffle_nb.shuffles.hssda import (
     ema_update,
     global_view,
     inside_boxes,
+    move_areas,
     nms_bev,
     points_in_boxes,
     random_quadrants,
     rasterise,
-    read_kitti,
-    read_kitti_scene,
     remove_points,
     rotated_iou_bev,
     seam,
@@ -70,212 +70,7 @@ def in_range(points: torch.Tensor) -> torch.Tensor:
     return (x >= 0) & (x < 70.4) & (y >= -40) & (y < 40)
 
 
-# ---------------------------------------------------------------- overlap
-
-
-def outline(box) -> list[tuple[float, float]]:
-    x, y, _, length, width, _, heading = box.tolist()
-    c, s = math.cos(heading), math.sin(heading)
-    halves = [(a * length / 2, b * width / 2) for a, b in ((1, 1), (-1, 1), (-1, -1), (1, -1))]
-    return [(x + a * c - b * s, y + a * s + b * c) for a, b in halves]
-
-
-def clipped_area(subject, clip) -> float:
-    """Area of the intersection of two convex polygons, by clipping corner after corner."""
-    for (ax, ay), (bx, by) in zip(clip, clip[1:] + clip[:1], strict=True):
-        side = [(bx - ax) * (y - ay) - (by - ay) * (x - ax) for x, y in subject]
-        left = []
-        for i, (p, sp) in enumerate(zip(subject, side, strict=True)):
-            q, sq = subject[(i + 1) % len(subject)], side[(i + 1) % len(subject)]
-            if sp >= 0:
-                left.append(p)
-            if (sp >= 0) != (sq >= 0):
-                t = sp / (sp - sq)
-                left.append((p[0] + t * (q[0] - p[0]), p[1] + t * (q[1] - p[1])))
-        subject = left
-        if not subject:
-            return 0.0
-    following = subject[1:] + subject[:1]
-    return abs(sum(a * d - c * b for (a, b), (c, d) in zip(subject, following, strict=True))) / 2
-
-
-@settings(deadline=None, max_examples=20)
-@given(SEEDS, st.sampled_from([3.0, 6.0, 15.0]))
-def test_overlap_equals_clipping_polygons_corner_by_corner(seed, spread):
-    a, b = random_boxes(6, seed, spread), random_boxes(5, seed + 1, spread)
-    iou = rotated_iou_bev(a, b)
-    for i, box_a in enumerate(a):
-        for j, box_b in enumerate(b):
-            shared = clipped_area(outline(box_a), outline(box_b))
-            union = box_a[3] * box_a[4] + box_b[3] * box_b[4] - shared
-            assert iou[i, j].item() == pytest.approx(shared / union.item(), abs=1e-9)
-
-
-def test_overlap_equals_counting_a_fine_raster():
-    a, b = random_boxes(4, 3, 3.0), random_boxes(4, 4, 3.0)
-    low, side = torch.tensor([26.0, -6.0]), 12.0
-    places = (torch.arange(600, dtype=torch.float64) + 0.5) * (side / 600)
-    grid = torch.cartesian_prod(places, places) + low
-    grid = torch.cat([grid, torch.zeros(len(grid), 1)], dim=1)
-    flat_a, flat_b = a.clone(), b.clone()
-    flat_a[:, 2], flat_b[:, 2] = 0, 0
-    in_a, in_b = (inside_boxes(grid, boxes).double() for boxes in (flat_a, flat_b))
-    shared = in_a.T @ in_b
-    counted = shared / (in_a.sum(0)[:, None] + in_b.sum(0) - shared)
-    assert torch.allclose(rotated_iou_bev(a, b), counted, atol=5e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_overlap_of_worked_cases(dtype):
-    one = torch.tensor([[0, 0, 0, 2, 2, 2, 0]], dtype=dtype)
-    tenth = torch.tensor([[0, 0, 0, 20, 0.2, 1, 0.7]], dtype=dtype)
-    cases = torch.tensor(
-        [
-            [0, 0, 5, 2, 2, 2, 0],  # height does not matter
-            [1, 1, 0, 2, 2, 2, 0],
-            [0, 0, 0, 2, 2, 2, math.pi / 4],
-            [0, 0, 0, 2, 2, 2, math.pi / 2],
-            [0, 0, 0, 2, 2, 2, -3 * math.pi],
-            [2, 0, 0, 2, 2, 2, 0],  # touching
-            [1 + math.sqrt(2), 0, 0, 2, 2, 2, math.pi / 4],
-            [0, 0, 0, 1, 1, 1, 0.3],  # inside
-            [0, 0, 0, 0, 0, 0, 0],  # nothing
-            [300, 300, 0, 2, 2, 2, 1],
-        ],
-        dtype=dtype,
-    )
-    expected = [1, 1 / 7, 1 / math.sqrt(2), 1, 1, 0, 0, 0.25, 0, 0]
-    assert rotated_iou_bev(one, cases)[0].tolist() == pytest.approx(expected, abs=1e-6)
-    assert rotated_iou_bev(one, cases)[0, 5] == 0  # exactly
-    assert rotated_iou_bev(tenth, tenth).item() == pytest.approx(1, abs=1e-6)
-
-
-@settings(deadline=None, max_examples=25)
-@given(SEEDS, st.floats(-3, 3), st.floats(0.5, 2))
-def test_overlap_is_symmetric_bounded_one_with_itself_and_moves_along(seed, angle, scale):
-    a, b = random_boxes(7, seed), random_boxes(5, seed + 1)
-    iou = rotated_iou_bev(a, b)
-    assert ((iou >= 0) & (iou <= 1)).all()
-    assert torch.allclose(iou, rotated_iou_bev(b, a).T, atol=1e-9)
-    assert torch.allclose(rotated_iou_bev(a, a).diagonal(), torch.ones(7).double(), atol=1e-9)
-    moved = [transform_boxes(x, True, angle, scale) for x in (a, b)]
-    assert torch.allclose(iou, rotated_iou_bev(*moved), atol=1e-9)
-
-
-def test_overlap_in_single_precision_and_of_batches():
-    a, b = random_boxes(40, 5), random_boxes(30, 6)
-    single = rotated_iou_bev(a.float(), b.float())
-    assert single.dtype == torch.float32
-    assert torch.allclose(single.double(), rotated_iou_bev(a, b), atol=1e-5)
-    assert rotated_iou_bev(a.bfloat16(), b.bfloat16()).dtype == torch.float32
-    batched = rotated_iou_bev(a.view(2, 20, 7), b.view(2, 15, 7))
-    assert torch.equal(batched[1], rotated_iou_bev(a[20:], b[15:]))
-    assert rotated_iou_bev(a[:0], b).shape == (0, 30)
-    assert rotated_iou_bev(a, b[:0]).shape == (40, 0)
-
-
-def test_overlap_of_boxes_apart_is_exactly_zero():
-    """Rounding must not make boxes overlap: removal asks for more than zero."""
-    a, b = random_boxes(60, 7, 20.0), random_boxes(60, 8, 20.0)
-    iou = rotated_iou_bev(a.float(), b.float())
-    exact = rotated_iou_bev(a, b)
-    assert ((iou > 0) == (exact > 0)).float().mean() > 0.999
-    assert (iou[exact == 0] == 0).float().mean() > 0.999
-
-
-def greedy(boxes, scores, threshold):
-    iou, kept = rotated_iou_bev(boxes, boxes), []
-    for i in scores.argsort(descending=True, stable=True).tolist():
-        if scores[i] > 0 and all(iou[i, j] <= threshold for j in kept):
-            kept.append(i)
-    return torch.zeros(len(boxes), dtype=torch.bool).index_fill(0, torch.tensor(kept).long(), True)
-
-
-@settings(deadline=None, max_examples=30)
-@given(SEEDS, st.integers(1, 40), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
-def test_suppression_is_the_greedy_loop(seed, n, threshold, ties):
-    boxes = random_boxes(n, seed, 10.0)
-    scores = torch.rand(n, generator=torch.Generator().manual_seed(seed))
-    if ties:
-        scores = (scores * 4).round() / 4
-    assert torch.equal(nms_bev(boxes, scores, threshold), greedy(boxes, scores, threshold))
-
-
-def test_suppression_of_a_batch_is_that_of_its_scenes():
-    boxes, scores = random_boxes(60, 1, 8.0).view(3, 20, 7), torch.rand(3, 20)
-    kept = nms_bev(boxes, scores)
-    for scene in range(3):
-        assert torch.equal(kept[scene], nms_bev(boxes[scene], scores[scene]))
-
-
-# ---------------------------------------------------------------- points and boxes
-
-
-def test_points_in_a_box_by_hand():
-    box = torch.tensor([[10, 0, 1, 4, 2, 2, math.pi / 2], [10, 0, 1, 8, 8, 8, 0]])
-    rows = [[10, 1.9, 1], [11.5, 0, 1], [10, 0, 3.5], [10, 0, 1.9], [30, 0, 1], [10, -4.0, 1]]
-    assert points_in_boxes(torch.tensor(rows), box).tolist() == [0, 1, 1, 0, -1, 1]
-    assert points_in_boxes(torch.tensor(rows), box[:0]).tolist() == [-1] * 6
-
-
-def test_borders_belong_to_the_box_and_ties_go_to_the_first():
-    box = torch.tensor([[5, 5, 0, 4, 2, 2, 0.0]])
-    corners = torch.tensor([[7, 6, 1], [3, 4, -1], [7.0001, 5, 0], [5, 6.0001, 0], [5, 5, 1.0001]])
-    assert points_in_boxes(corners, box.repeat(3, 1)).tolist() == [0, 0, -1, -1, -1]
-
-
-@settings(deadline=None, max_examples=25)
-@given(SEEDS)
-def test_points_in_boxes_equals_a_loop(seed):
-    boxes = random_boxes(6, seed)
-    points = random_boxes(50, seed + 1)[:, :3]
-    expected = []
-    for point in points:
-        hits = []
-        for i, box in enumerate(boxes):
-            dx, dy, dz = (point - box[:3]).tolist()
-            c, s = math.cos(box[6]), math.sin(box[6])
-            local = (dx * c + dy * s, dy * c - dx * s, dz)
-            if all(abs(v) <= h / 2 for v, h in zip(local, box[3:6].tolist(), strict=True)):
-                hits.append(i)
-        expected.append(hits[0] if hits else -1)
-    assert points_in_boxes(points, boxes).tolist() == expected
-
-
-@settings(deadline=None, max_examples=25)
-@given(SEEDS)
-def test_removal_empties_the_boxes_and_keeps_the_rest_in_order(seed):
-    boxes, points = random_boxes(5, seed), random_boxes(80, seed + 1)[:, :4]
-    left = remove_points(points, boxes)
-    assert not inside_boxes(left, boxes).any()
-    assert torch.equal(left, points[points_in_boxes(points, boxes) < 0])
-    padded = remove_points(points[None], boxes[None])[0]
-    assert torch.equal(padded[~padded.isnan().any(-1)], left)
-    assert torch.equal(remove_points(points, boxes[:0]), points)
-
-
-def test_padding_is_in_no_box_and_boxes_of_nan_hold_no_point():
-    boxes = random_boxes(3)
-    nothing = torch.full((4, 4), torch.nan, dtype=torch.float64)
-    assert (points_in_boxes(nothing, boxes) == -1).all()
-    assert not inside_boxes(boxes[:, :4], torch.full_like(boxes, torch.nan)).any()
-
-
 # ---------------------------------------------------------------- transform, consistency
-
-
-@given(SEEDS, st.booleans(), st.floats(-4, 4), st.floats(0.5, 2))
-def test_transform_is_undone_and_its_order_is_flip_rotate_scale(seed, flip, rotation, scale):
-    boxes = random_boxes(5, seed)
-    moved = transform_boxes(boxes, flip, rotation, scale)
-    back = transform_boxes(moved, flip, rotation, scale, inverse=True)
-    assert torch.allclose(back, boxes, atol=1e-9)
-    x, y, heading = boxes[:, 0], boxes[:, 1] * (-1) ** flip, boxes[:, 6] * (-1) ** flip
-    c, s = math.cos(rotation), math.sin(rotation)
-    assert torch.allclose(moved[:, 0], (x * c - y * s) * scale)
-    assert torch.allclose(moved[:, 1], (x * s + y * c) * scale)
-    assert torch.allclose(moved[:, 2:6], boxes[:, 2:6] * scale)
-    assert torch.allclose(moved[:, 6], heading + rotation)
 
 
 @settings(deadline=None)
@@ -294,19 +89,6 @@ def test_consistency_is_the_largest_overlap():
     others = box.repeat(3, 1)
     others[:, 0] += torch.tensor([1.5, 0.5, 30])
     assert consistency_score(box, others, {}).item() == pytest.approx(3 / 5)
-
-
-def test_second_view_moves_points_with_their_boxes():
-    points = random_points(400, 2).view(2, 200, 4)
-    boxes = torch.cat([points[:, :20, :3], torch.full((2, 20, 3), 3.0), torch.rand(2, 20, 1)], -1)
-    view, move = global_view(points, torch.Generator().manual_seed(1))
-    assert torch.equal(view[..., 3], points[..., 3])
-    before, after = inside_boxes(points, boxes), inside_boxes(view, move(boxes))
-    assert (before == after).float().mean() > 0.9999
-    again, _ = global_view(points, torch.Generator().manual_seed(1))
-    assert torch.equal(view, again)
-    scale = move(boxes)[:, :, 3] / 3
-    assert ((scale > 0.949) & (scale < 1.051)).all() and scale[0, 0] != scale[1, 0]
 
 
 # ---------------------------------------------------------------- thresholds and levels
@@ -400,11 +182,6 @@ def test_levels_partition_and_never_fall_when_scores_rise(seed):
 # ---------------------------------------------------------------- shuffles
 
 
-def test_areas_are_numbered_counter_clockwise_from_far_right():
-    expected = [[35.2, 70.4, -40, 0], [35.2, 70.4, 0, 40], [0, 35.2, 0, 40], [0, 35.2, -40, 0]]
-    assert torch.allclose(bev_areas(), torch.tensor(expected).double())
-
-
 @settings(deadline=None)
 @given(SEEDS, PERMS, st.sampled_from([torch.float32, torch.float64]))
 def test_point_shuffle_is_undone_by_the_inverse(seed, perm, dtype):
@@ -473,19 +250,6 @@ def test_rasterising_commutes_with_shuffling(seed, perm, half_rows, half_columns
     cells = there[:, 0].nonzero().int()
     home = unshuffle_bev_indices(cells, perm, (rows, columns)).long()
     assert torch.equal(plain[home[:, 1], home[:, 2]], there[:, 0][tuple(cells.long().T)])
-
-
-def test_rasterise_counts_what_is_in_range_and_adds_values():
-    points = torch.tensor(
-        [[0.5, 0.5, 0], [0.6, 0.6, 0], [3.9999, 1.5, 0], [4, 0, 0], [torch.nan] * 3]
-    )
-    counts = rasterise(points, (2, 4), (0, 4), (0, 2))
-    assert counts.tolist() == [[2, 0, 0, 0], [0, 0, 0, 1]]
-    values = torch.tensor([1.0, 2, 3, 4, torch.nan])
-    assert rasterise(points, (2, 4), (0, 4), (0, 2), values).tolist() == [
-        [3, 0, 0, 0],
-        [0, 0, 0, 3],
-    ]
 
 
 @settings(deadline=None)
@@ -761,7 +525,7 @@ def test_a_step_removes_and_shuffles_unlabelled_scenes_only():
     assert torch.equal(clean, clean.nan_to_num(-1))  # in place nothing was changed
 
 
-def ema_share(step, keep=0.999):
+def ema_share(step, keep=0.9996):
     return 1 - ema_keep(step, keep)
 
 
@@ -962,47 +726,132 @@ def test_detector_state_round_trip():
     assert torch.equal(model(points), other(points))
 
 
-# ---------------------------------------------------------------- KITTI
+# ---------------------------------------------------------------- the authors' numbers
 
 
-def write_scene(folder, frame, cloud, lines):
-    for name in ("velodyne", "calib", "label_2"):
-        (folder / name).mkdir(exist_ok=True)
-    cloud.numpy().astype(np.float32).tofile(folder / "velodyne" / f"{frame}.bin")
-    numbers = {
-        "P2": "700 0 600 0 0 700 180 0 0 0 1 0",
-        "R0_rect": "1 0 0 0 1 0 0 0 1",
-        "Tr_velo_to_cam": "0 -1 0 0.1 0 0 -1 -0.2 1 0 0 -0.3",
+def shuffled_and_put_back(case):
+    perms, tensors = torch.tensor(case.settings["perms"]), case.tensors
+    border = torch.tensor(case.settings["border"], dtype=torch.float64)
+    border = torch.cat([border, torch.zeros(len(border), 2)], dim=1)
+    results = {}
+    for scene, perm in enumerate(perms):
+        own = [tensors[name][scene] for name in ("x", "y", "z")]
+        points = torch.stack([*own, torch.zeros(14, dtype=torch.float64)], dim=1)
+        points = torch.cat([points, border])
+        points[:, 3] = torch.arange(len(points))
+        moved = shuffle_bev_points(points, perm)
+        results[f"shuffled points of scene {scene}"] = moved
+        results[f"numbers of the points kept in scene {scene}"] = moved[:, 3].long()
+    shape = case.settings["spatial_shape"]
+    results["indices put back"] = unshuffle_bev_indices(tensors["indices"], perms, shape)
+    results["map put back"] = unshuffle_bev_map(tensors["map"], perms)
+    return results
+
+
+def thresholds_of_pools(case):
+    pools = case.settings["pools"]
+    return {
+        f"high and low of pool {number}": torch.tensor(dual_threshold(torch.tensor(pool).double()))
+        for number, pool in enumerate(pools)
     }
-    text = "\n".join(f"{name}: {values}" for name, values in numbers.items())
-    (folder / "calib" / f"{frame}.txt").write_text(text + "\n\n")
-    (folder / "label_2" / f"{frame}.txt").write_text("\n".join(lines) + "\n")
 
 
-def test_reading_a_folder_in_the_format_of_kitti(tmp_path):
-    g = torch.Generator().manual_seed(0)
-    car = torch.rand(200, 4, generator=g) * torch.tensor([3.8, 1.6, 1.5, 1.0])
-    car = car + torch.tensor([18.1, 1.2, -1.75, 0])  # centre (20, 2, -1)
-    behind, aside = torch.tensor([[-10.0, 0, 0, 1]]), torch.tensor([[5.0, 30, 0, 1]])
-    # camera x = -y + 0.1, y = -z - 0.2 (bottom), z = x - 0.3; heading 0 is ry = -90 degrees
-    line = "Car 0 0 0 1 2 3 4 1.6 1.8 4.0 -1.9 1.6 19.7 -1.5707963"
-    write_scene(
-        tmp_path, "000001", torch.cat([car, behind, aside]), [line, "DontCare" + " -1" * 14]
+def levels_of_two_views(case):
+    tensors, chosen = case.tensors, case.settings
+    boxes, turn = tensors["boxes"], dict(flip_y=True, rotation=chosen["rotation"])
+    turn["scale"] = chosen["scale"]
+    view = transform_boxes(boxes, **turn)
+    aside = boxes + torch.tensor([0.4, -0.3, 0, 0, 0, 0, 0], dtype=torch.float64)
+    consistency = consistency_score(boxes, view[:-1] + tensors["jitter"], turn)
+    level, weight = split_supervision(
+        torch.stack([tensors["cls"], tensors["roi"], consistency], dim=1),
+        torch.tensor(chosen["labels"]),
+        torch.tensor(chosen["thresholds"], dtype=torch.float64),
+        torch.tensor(chosen["n_points"]),
+        no_middle=chosen["no_middle"],
     )
-    write_scene(tmp_path, "000002", car[:50], ["Pedestrian" + line[3:], line])
-    write_scene(tmp_path, "000003", car[:9], [])
-    points, boxes, labels = read_kitti_scene(tmp_path, "000001")
-    assert len(points) == 200 and labels.tolist() == [0]
-    assert boxes[0].tolist() == pytest.approx([20, 2, -1, 4, 1.8, 1.6, 0], abs=1e-5)
-    assert (points_in_boxes(points, boxes) == 0).all()
-    clouds, targets = read_kitti(tmp_path, ["000001", "000002", "000003"])
-    assert clouds.shape == (3, 200, 4) and clouds[1, 50:].isnan().all()
-    assert targets.weights.tolist() == [[1, 0], [1, 1], [0, 0]]
-    assert targets.labels[1].tolist() == [1, 0]
-    moved = shuffle_bev_points(clouds, random_quadrants(3, g))
-    assert (moved.isnan() == clouds.isnan()).all()
-    with pytest.raises(FileNotFoundError):
-        read_kitti_scene(tmp_path, "000004")
+    return {
+        "transformed boxes": view,
+        "overlaps with the moved boxes": rotated_iou_bev(boxes, aside),
+        "consistency": consistency,
+        "levels": level,
+        "weights": weight,
+    }
+
+
+class State(nn.Module):
+    """A weight, a bias and a buffer."""
+
+    def __init__(self, tensors, prefix):
+        super().__init__()
+        self.weight = nn.Parameter(tensors[f"{prefix}.weight"].clone())
+        self.bias = nn.Parameter(tensors[f"{prefix}.bias"].clone())
+        self.register_buffer("running_mean", tensors[f"{prefix}.running_mean"].clone())
+
+
+def moving_average(case):
+    teacher, student = (State(case.tensors, prefix) for prefix in ("teacher", "student"))
+    results = {}
+    for step in case.settings["steps"]:
+        for value in student.state_dict().values():
+            value.mul_(case.settings["factor"])
+        ema_update(teacher, student, step)
+        results[f"teacher.weight after step {step}"] = teacher.weight.detach().clone()
+    results["teacher.bias at the end"] = teacher.bias
+    results["teacher.running_mean at the end"] = teacher.running_mean
+    return results
+
+
+CASES = {
+    "points shuffled, voxels and maps put back, two scenes": shuffled_and_put_back,
+    "dual thresholds of three pools": thresholds_of_pools,
+    "second view, consistency and levels": levels_of_two_views,
+    "moving average of parameters and buffers": moving_average,
+}
+
+
+@pytest.mark.parametrize("case", list(load_reference("hssda")), ids=lambda case: case.name)
+def test_the_authors_numbers(case, agree):
+    agree(case, CASES[case.name](case))
+
+
+# ---------------------------------------------------------------- second edition
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_teacher_follows_a_student_of_another_precision_in_its_own(dtype):
+    student, teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+    before = teacher.weight.detach().clone()
+    ema_update(teacher, student.to(dtype), step=3)
+    keep = ema_keep(3)
+    expected = keep * before + (1 - keep) * student.weight.float()
+    assert teacher.weight.dtype == torch.float32
+    assert torch.allclose(teacher.weight, expected, atol=1e-6)
+
+
+def test_tables_of_moves_are_kept_by_dtype_and_range_and_allow_gradients():
+    perm = torch.tensor([2, 0, 3, 1])
+    with torch.inference_mode():
+        shuffle_bev_points(random_points(20), perm)
+    points = random_points(200).requires_grad_()
+    moved = shuffle_bev_points(points, perm)
+    moved.sum().backward()
+    inside = in_range(points.detach())
+    assert torch.equal(points.grad, inside[:, None].expand(-1, 4).float())
+    double = shuffle_bev_points(points.detach().double(), perm)
+    assert double.dtype == torch.float64
+    assert torch.allclose(double, moved.detach().double(), atol=1e-5)
+    small = shuffle_bev_points(points.detach(), [2, 0, 3, 1], (0.0, 8.0), (-4.0, 4.0))
+    assert len(small) < len(moved) and (small[:, 0] < 8).all()
+
+
+@pytest.mark.parametrize("perm", ALL_PERMS)
+def test_four_slices_and_one_gather_move_alike(perm):
+    x = torch.randn(2, 3, 6, 8)
+    expected = move_areas(x, perm)
+    assert torch.equal(shuffle_bev_map(x, perm), expected)
+    assert torch.equal(shuffle_bev_map(x, torch.tensor([perm] * 2)), expected)
+    assert torch.equal(shuffle_bev_map(x.requires_grad_(), perm), expected)
 
 
 # ---------------------------------------------------------------- bad input
@@ -1084,6 +933,7 @@ class TestBadInput:
                 "indices must be below",
             ),
             (lambda: ema_update(nn.Linear(2, 2), nn.Linear(2, 2, bias=False), 0), "same state"),
+            (lambda: ema_update(nn.Linear(2, 2), nn.Linear(2, 3), 0), "same state.*bias"),
             (
                 lambda: PseudoLabeller(nn.Linear(2, 2), THRESHOLDS),
                 "teacher must have a method detect",
