@@ -38,6 +38,29 @@ from shuffle_nb.foundations.arguments import (
     require_shape,
 )
 
+# %% ../../nbs/diffusion/06_relactrl.ipynb #c6d4c1a3
+def _require_indices(size: int, **perms: Tensor) -> None:
+    """Check shape and type, which costs nothing; values are `require_permutation`'s business."""
+    require_shape(size, **perms)
+    for name, perm in perms.items():
+        if perm.dtype != torch.int64:
+            raise ValueError(f"{name} must hold indices of type int64, got {perm.dtype}")
+
+
+def _require_none(shuffle: bool, *permutations) -> None:
+    if not shuffle and any(perm is not None for perm in permutations):
+        raise ValueError("a permutation must be None: the shuffle is switched off")
+
+
+def _draw(size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw a permutation where the generator lives (or on `device`), and bring it to `device`."""
+    place = drawing_device(generator, device)
+    return torch.randperm(size, generator=generator, device=place).to(device)
+
+
+def _in_order(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device)
+
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-009
 def shuffle_2d(
     x: Num[Tensor, "batch length dim"],  # one group of channels
@@ -116,29 +139,6 @@ class ShuffleAttention(nn.Module):
         z = shuffle_2d(x, perm, self.segments)
         z = window_attention(z, self.qkv, self.proj, self.num_heads)
         return unshuffle_2d(z, perm, batch, length)
-
-# %% ../../nbs/diffusion/06_relactrl.ipynb #c6d4c1a3
-def _require_indices(size: int, **perms: Tensor) -> None:
-    """Check shape and type, which costs nothing; values are `require_permutation`'s business."""
-    require_shape(size, **perms)
-    for name, perm in perms.items():
-        if perm.dtype != torch.int64:
-            raise ValueError(f"{name} must hold indices of type int64, got {perm.dtype}")
-
-
-def _require_none(shuffle: bool, *permutations) -> None:
-    if not shuffle and any(perm is not None for perm in permutations):
-        raise ValueError("a permutation must be None: the shuffle is switched off")
-
-
-def _draw(size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Draw a permutation where the generator lives (or on `device`), and bring it to `device`."""
-    place = drawing_device(generator, device)
-    return torch.randperm(size, generator=generator, device=place).to(device)
-
-
-def _in_order(size: int, device: torch.device) -> Tensor:
-    return torch.arange(size, device=device)
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-019
 def mix_plain(
