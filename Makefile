@@ -15,7 +15,7 @@ FIND_PYTHON = for python in $(PYTHON) python3 python3.13 python3.12 python3.11; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test reference lab docs readme check constraints dist floors newest clean
+.PHONY: help run test reference gpu lab docs readme check constraints dist floors newest clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(READY) ## all tests, two at a time
 reference: $(READY) ## record how near we come to the authors' own numbers, case by case
 	@rm -f shuffle_nb/reference_agreement.json; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p tests.reference_record
+
+gpu: $(READY) ## run every core on the accelerator, if there is one (CORES="snnk bows")
+	@$(BIN)/python tests/device/device_check.py $(CORES)
 
 lab: $(READY) ## open JupyterLab on your own copy of the notebooks
 	@$(BIN)/shuffle-nb lab
