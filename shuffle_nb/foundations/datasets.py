@@ -115,7 +115,7 @@ def _package_folder(package: str) -> Path:
     """Find the folder of an installed (sub)package without importing it or its parents."""
     places = None
     for name in package.split("."):
-        spec = importlib.machinery.PathFinder.find_spec(name, places) if name else None
+        spec = importlib.machinery.PathFinder.find_spec(name, places)
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"no installed package {package!r} to read documentation from")
         places = list(spec.submodule_search_locations)

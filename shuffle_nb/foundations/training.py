@@ -276,6 +276,20 @@ class _Run:
             self.read_every = READ_EVERY
             self.optimizer.found_inf = torch.zeros((), device=self.device)
 
+    def step(self, loss: Callable, batch: Tensor | tuple, label: str, read: bool) -> None:
+        """Move the weights a step against the gradient of the loss of a batch."""
+        batch = [tensor.to(self.device) for tensor in _as_tuple(batch)]
+        enabled, clip_norm = self.settings["amp"], self.settings["clip_norm"]
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            value = loss(self.model, *batch)
+        self.note(value, label, read)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+
     def note(self, loss: Tensor, label: str, read: bool) -> None:
         """Put a loss into the history, at once or with the next block; stop if it is not finite.
 
@@ -299,15 +313,6 @@ class _Run:
             self.history.losses.append(number)
         self.unread.clear()
 
-    def descend(self, loss: Tensor, clip_norm: float | None) -> None:
-        """Move the weights a step against the gradient of `loss`."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-
     def parts(self) -> dict:
         return {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
 
@@ -320,7 +325,11 @@ class _Run:
         state |= {"history": asdict(self.history), "random": random_state}
         save_checkpoint(path, state)
 
-    def load(self, path: str | Path) -> None:
+    def resume(self, path: str | Path, data: dict) -> None:
+        """Go on from a checkpoint, if there is one and it is of the same run on the same data."""
+        self.data = data
+        if not Path(path).exists():
+            return
         state = load_checkpoint(path)
         theirs, ours = state.get("settings", {}), _plain(self.settings)
         known = state.get("data", {}).keys() & self.data.keys()
@@ -355,6 +364,15 @@ def _begin(model, optimizer, schedule, device, *, steps, lr, weight_decay) -> _R
     return _Run(model, descent, SCHEDULES[schedule](descent, lr, steps), device, settings)
 
 # %% ../../nbs/foundations/02_training.ipynb #6d4de0fb
+def _bar(total: int, label: str, unit: str) -> tqdm:
+    """Make a progress bar: quiet unless a person watches, gone at its end if inside another."""
+    # tqdm's notebook bar does not read its own variable.
+    quiet = True if os.environ.get("TQDM_DISABLE") else None
+    bar = tqdm(total=total, desc=label, unit=unit, disable=quiet)
+    bar.leave = bar.pos == 0
+    return bar
+
+
 def _number(score: object) -> float:
     try:
         return score.item() if isinstance(score, Tensor) else float(score)
@@ -436,41 +454,28 @@ def fit(
     run.settings |= {"seed": seed, "clip_norm": clip_norm, "amp": amp, "compile": compile}
     step_loss = torch.compile(loss) if compile else loss
 
-    def due(made: int, every: int | None) -> bool:
-        return made == steps or (every is not None and made % every == 0)
-
-    # None: quiet unless a person watches. tqdm's notebook bar does not read its own variable.
-    quiet = True if os.environ.get("TQDM_DISABLE") else None
-    with (
-        _own_stream(seed, device),
-        tqdm(total=steps, desc=label, unit="step", disable=quiet) as bar,
-    ):
+    with _own_stream(seed, device), _bar(steps, label, "step") as bar:
         if checkpoint is not None:
-            run.data = _data_settings(batches, seed, device)
-            if Path(checkpoint).exists():
-                run.load(checkpoint)
+            run.resume(checkpoint, _data_settings(batches, seed, device))
         history, clock = run.history, _Clock(run.history)
-        bar.leave, bar.initial, bar.n = bar.pos == 0, history.steps, history.steps
-        for step in range(history.steps, steps):
-            asked = evaluate is not None and due(step + 1, evaluate_every)
-            saved = checkpoint is not None and due(step + 1, checkpoint_every)
-            batch = [tensor.to(device) for tensor in _as_tuple(batches(step))]
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                value = step_loss(model, *batch)
-            run.note(value, label, read=asked or saved or step + 1 == steps)
-            run.descend(value, clip_norm)
+        bar.initial = bar.n = history.steps
+        for made in range(history.steps + 1, steps + 1):
+            last = made == steps
+            asked = evaluate_every is not None and made % evaluate_every == 0 and not last
+            saved = checkpoint is not None and (made % checkpoint_every == 0 or last)
+            run.step(step_loss, batches(made - 1), label, read=asked or saved or last)
             if not (bar.disable or run.unread):
                 bar.set_postfix_str(f"loss={history.losses[-1]:.4f}", refresh=False)
             bar.update()
             if asked or saved:
                 clock.stop()
-                if asked:
-                    history.evaluations.append((step + 1, _evaluated(model, evaluate, seed)))
+                if asked and evaluate is not None:
+                    history.evaluations.append((made, _evaluated(model, evaluate, seed)))
                 if saved:
                     run.save(checkpoint)
                 clock.start()
         clock.stop()
-    if evaluate is not None and not history.evaluations:  # resumed at its end, now with a question
+    if evaluate is not None:  # also at the end of a run that was finished before
         history.evaluations.append((steps, _evaluated(model, evaluate, seed)))
     return history
 
@@ -640,8 +645,7 @@ def fit_arms(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
     trained = Arms({name: [] for name in arms})
-    quiet = True if os.environ.get("TQDM_DISABLE") else None
-    with tqdm(total=len(arms) * len(seeds), desc="arms x seeds", disable=quiet) as bar:
+    with _bar(len(arms) * len(seeds), "arms x seeds", "run") as bar:
         for seed in seeds:
             for arm, build in arms.items():
                 build, own = build if isinstance(build, tuple) else (build, {})

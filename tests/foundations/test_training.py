@@ -514,10 +514,10 @@ def test_evaluations_survive_an_interruption(tmp_path):
     assert run(network(), **options).evaluations == expected.evaluations
 
 
-def test_a_finished_run_can_still_be_evaluated(tmp_path):
-    run(network(), checkpoint=tmp_path / "run.pt")
+def test_a_finished_run_answers_to_the_evaluation_of_today(tmp_path):
+    run(network(), checkpoint=tmp_path / "run.pt", evaluate=lambda model: -1.0)
     history = run(network(), checkpoint=tmp_path / "run.pt", evaluate=first_weight)
-    assert [step for step, _ in history.evaluations] == [9]
+    assert history.evaluations == [(9, history.evaluations[-1][1])] != [(9, -1.0)]
 
 
 def test_evaluations_and_checkpoints_are_not_training_time(monkeypatch, tmp_path):
