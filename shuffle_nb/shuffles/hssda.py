@@ -277,11 +277,12 @@ def _check_shuffle(points: Tensor, perm, x_range, y_range) -> tuple[Tensor, bool
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #ca834088
 def areas_of(x: Tensor) -> list[Tensor]:
-    """Views of the four areas of a map (…, rows, columns)."""
+    """Views of the four areas of a map (…, rows, columns): equal strides, other corners."""
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
-    low, high = x.narrow(-2, 0, rows), x.narrow(-2, rows, rows)
-    corners = (low, columns), (high, columns), (high, 0), (low, 0)
-    return [half.narrow(-1, start, columns) for half, start in corners]
+    up, along = rows * x.stride(-2), columns * x.stride(-1)
+    size, first = (*x.shape[:-2], rows, columns), x.storage_offset()
+    corners = (along, up + along, up, 0)
+    return [x.as_strided(size, x.stride(), first + corner) for corner in corners]
 
 
 def move_areas(
@@ -298,6 +299,7 @@ def move_areas(
 # %% ../../nbs/shuffles/03_hssda.ipynb #7334575f
 def _gather_areas(x: Tensor, source: Tensor) -> Tensor:
     """Return maps whose area i is area source[i] of x, source (4,) or (batch, 4)."""
+    _check_map(x, source)
     batch, channels, rows, columns = x.shape
     # The four areas as they lie in memory, (y, x): low low, low high, high low, high high.
     block = torch.tensor([1, 3, 2, 0], device=source.device)[source[..., [3, 0, 2, 1]]]
@@ -308,6 +310,18 @@ def _gather_areas(x: Tensor, source: Tensor) -> Tensor:
     first = torch.arange(batch * channels, device=x.device).view(batch, channels, 1) * (2 * rows)
     pieces = x.reshape(-1, columns // 2)
     return pieces.index_select(0, (first + half_row.flatten(1)[:, None]).flatten()).view(x.shape)
+
+
+def _one_order(x: Tensor, perm: Tensor | Sequence) -> list[int] | None:
+    """Return the one permutation of a map without gradient; None where four slices do not do."""
+    if x.ndim != 4 or x.shape[-1] % 2 or x.shape[-2] % 2 or x.requires_grad:
+        return None
+    if isinstance(perm, Tensor):
+        if perm.ndim != 1 or perm.is_floating_point() or not may_look(perm):
+            return None
+        perm = perm.tolist()
+    known = len(perm) == 4 and isinstance(perm[0], int) and sorted(perm) == [0, 1, 2, 3]
+    return list(perm) if known else None
 
 
 def _check_map(x: Tensor, perm: Tensor) -> None:
@@ -328,11 +342,10 @@ def shuffle_bev_map(
 
     Raises ValueError for odd rows or columns, and if perm is no permutation.
     """
-    perm = as_quadrants(perm)
-    _check_map(x, perm)
-    if perm.ndim == 1 and may_look(perm) and not x.requires_grad:
-        return move_areas(x, perm.tolist())
-    return _gather_areas(x, perm.argsort(-1))
+    order = _one_order(x, perm)
+    if order is not None:
+        return move_areas(x, order)
+    return _gather_areas(x, as_quadrants(perm).argsort(-1))
 
 
 def unshuffle_bev_map(
@@ -340,7 +353,10 @@ def unshuffle_bev_map(
     perm: Int[Tensor, "*scenes 4"] | Sequence[int],  # the one that it was shuffled with
 ) -> Shaped[Tensor, "batch channels rows columns"]:
     """Move area perm[i] of each map back to area i: the exact inverse of `shuffle_bev_map`."""
-    return shuffle_bev_map(x, as_quadrants(perm).argsort(-1))
+    order = _one_order(x, perm)
+    if order is not None:
+        return move_areas(x, sorted(range(4), key=order.__getitem__))
+    return _gather_areas(x, as_quadrants(perm))
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #cell-063
 def seam(

@@ -393,7 +393,7 @@ def pick_by_area(
         bits = bits + 4 * scene.to(torch.int32)
     return columns.index_select(1, bits.flatten()).unflatten(1, bits.shape)
 
-
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #23258ff5
 def unshuffle_bev_indices(
     indices: Int[Tensor, "n axes"],  # of non-empty cells: scene first, (y, x) last
     perm: Int[Tensor, "*scenes 4"] | Sequence[int],
