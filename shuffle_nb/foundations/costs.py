@@ -14,6 +14,7 @@ import gc
 import itertools
 import math
 import statistics
+import sys
 import time
 import types
 import weakref
@@ -207,6 +208,13 @@ def _run_once(method: Callable, inputs: tuple, backward: bool) -> object:
     return outputs
 
 
+def _as_written() -> contextlib.AbstractContextManager:
+    """Where operations are watched, a compiled method runs as the code it was compiled from."""
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
 def _leaves(method: Callable, inputs: tuple) -> list[Tensor]:
     """What a backward pass of `method` may leave gradients in."""
     tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
@@ -236,7 +244,7 @@ def count_flops(
     """Count the floating-point operations of one call: 2 for each multiply-add of a product."""
     _require_callable("method", method)
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
-    with _gradients_kept(_leaves(method, inputs)), counter:
+    with _gradients_kept(_leaves(method, inputs)), _as_written(), counter:
         _run_once(method, inputs, backward)
     return counter.get_total_flops()
 
@@ -304,7 +312,7 @@ def _peak_on_cpu(
     """Peak bytes (None if PyTorch sees none of the work), and the watcher with what it saw."""
     live = _LiveTensors()
     known = _storages([inputs, _held(method)])
-    with live:
+    with _as_written(), live:
         outputs = _run_once(method, inputs, backward)
     known |= live.made
     outside = (

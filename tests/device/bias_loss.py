@@ -40,6 +40,7 @@ CORES = [
         inputs=lambda: (torch.randn(128, 960, 7, 7).relu(),),
         plain=as_published,
         backward=True,
+        tolerance=1e-3,  # variances that nearly agree are stretched to the range of the batch
     ),
     Core(
         "SkipblockNet-M",

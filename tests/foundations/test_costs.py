@@ -368,10 +368,15 @@ def test_slope_is_the_power_of_the_growth():
     assert Costs(rows).slope("m") == pytest.approx(1.5)
 
 
-def test_a_compiled_method_is_counted_like_its_source():
-    compiled = torch.compile(LAYER, backend="eager")
-    plain, fast = quick({"plain": LAYER, "compiled": compiled}, torch.randn(5, 3))
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_method_is_counted_like_its_source(fullgraph, backward):
+    torch.compiler.reset()
+    compiled = torch.compile(LAYER, backend="aot_eager", fullgraph=fullgraph)
+    methods, x = {"plain": LAYER, "compiled": compiled}, torch.randn(5, 3)
+    plain, fast = quick(methods, x, backward=backward)
     assert (fast.trainable, fast.flops, fast.memory) == (plain.trainable, plain.flops, plain.memory)
+    assert peak_memory(compiled, x) == 5 * 2 * 4 and count_flops(compiled, x) == 2 * 5 * 2 * 3
 
 
 # Bad input
