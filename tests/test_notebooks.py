@@ -30,7 +30,6 @@ NOTEBOOKS = [
 WAITING = {
     "token_shuffle",
     "hssda",
-    "snnk",
     "bows",
     "reface",
     "relactrl",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shuffle_nb.foundations.costs import count_flops
+from shuffle_nb.foundations.reference import load_reference
 from shuffle_nb.kernels.snnk import (
     GAUSS,
     FourierPair,
@@ -749,3 +750,112 @@ def test_damping_lowers_the_variance_a_little_and_then_raises_it():
     small, none, large = (cos_variance(x, w, M=M).item() for M in (0.008, 0.0, 0.05))
     assert small < none < large
     assert log(none / small) < 0.1
+
+
+# ---------------------------------------------------------------- what users met
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_fit_refuses_no_rows_and_what_is_no_number(rows):
+    X = torch.full((rows, 6), torch.nan)
+    with pytest.raises(ValueError, match=f"at least one row of {rows}"):
+        FullyBundled([8], 6, 2).fit(X, torch.zeros(rows, 2))
+
+
+def test_frozen_maps_follow_the_device_context():
+    with torch.device("meta"):
+        layer = SNNKLinear(6, 4, 16)
+    assert {t.device.type for t in layer.state_dict().values()} == {"meta"}
+
+
+def test_inputs_that_overflow_are_refused():
+    layer = SNNKLinear(64, 4, 16, kind="cos")
+    assert layer(torch.ones(2, 64)).isfinite().all()
+    with pytest.raises(ValueError, match="at length 80 exp"):
+        layer(10 * torch.ones(2, 64))
+
+
+# ---------------------------------------------------------------- the authors' own numbers
+
+
+def layer_with(case, **options):
+    W0, G = case.tensors["W0"], case.tensors["G"]
+    layer = SNNKLinear(W0.shape[1], W0.shape[0], len(G), weight=W0, **options)
+    with torch.no_grad():
+        layer.feature_map.projection.copy_(G / len(G) ** 0.5)
+        layer.psi.copy_(layer.feature_map.psi(layer._scaled(W0)))
+    return layer
+
+
+def relu_layer(case):
+    options = {k: case.settings[k] for k in ("constant", "normalize", "normalization_constant")}
+    layer, x = layer_with(case, **options), case.tensors["x"].requires_grad_()
+    start, output = layer.psi.detach().clone(), layer(x)
+    output.square().sum().backward()
+    results = {
+        "psi at the start": start,
+        "output": output,
+        "gradient w.r.t. psi": layer.psi.grad,
+        "gradient w.r.t. x": x.grad,
+    }
+    with torch.no_grad():
+        layer.psi -= case.settings["lr"] * layer.psi.grad
+    G = case.tensors["G"]
+    left, right = (relu_features(case.tensors[name], G) for name in ("x3", "W0"))
+    return results | {"output after one step": layer(x), "kernel estimate on x3": left @ right.mT}
+
+
+def bundles(case):
+    W2, b2 = case.tensors["W2"], case.tensors["b2"]
+    linear = torch.nn.Linear(W2.shape[1], W2.shape[0]).double()
+    with torch.no_grad():
+        linear.weight.copy_(W2), linear.bias.copy_(b2)
+    network = FullyBundled([len(case.tensors["G"])], 3, 2).double()
+    projections = [b for name, b in network.named_buffers() if name.endswith("projection")]
+    projections[0].copy_(case.tensors["G"] / len(case.tensors["G"]) ** 0.5)
+    x = case.tensors["x"]
+    network.fit(x, case.tensors["targets"], ridge=case.settings["ridge"])
+    return {
+        "output of the bundled layer": bundle(layer_with(case), linear)(x),
+        "V": network.V,
+        "bias": network.bias,
+        "output of the fitted network": network(x),
+    }
+
+
+def waves(case):
+    s, x = case.settings, case.tensors["x"].requires_grad_()
+    w, b, g = (case.tensors[name] for name in ("w", "b", "g"))
+    results = {}
+    for name in ("cos", "sin"):
+        maps = UniversalRandomFeatures(4, s["m"], name, M=s["M"], balance=s["balance"]).double()
+        stretch = s["balance"] * (1 + 4 * s["M"]) ** 0.5
+        maps.projection.copy_(stretch * g)
+        maps.log_weight.copy_(log(1 + 4 * s["M"]) - log(s["m"]) / 2 - s["M"] * g.square().sum(1))
+        results[f"estimate of {name}"] = maps.estimate(x, w, b)
+    (gradient,) = torch.autograd.grad(results["estimate of cos"].square().sum(), x)
+    return results | {"gradient of sum(cos estimate**2) w.r.t. x": gradient}
+
+
+def gaussian(case):
+    x, w, b, g, t = (case.tensors[name] for name in ("x", "w", "b", "g", "t"))
+    given = FourierPair(GAUSS.activation, lambda count, generator: t / (2 * pi))
+    maps = UniversalRandomFeatures(3, case.settings["m"], [given]).double()
+    maps.frequency.copy_(t)
+    maps.projection.copy_((t.sign() * t.abs().sqrt())[:, None] * g)
+    maps.log_weight.fill_(-log(case.settings["m"]) / 2)
+    product = maps.phi(x) @ maps.psi(w, b).mT
+    return {"estimate": maps.estimate(x, w, b), "imaginary part": product.imag}
+
+
+RECOMPUTE = {
+    "ReLU kernel, normalised to length 1.7, kappa 0.1, one step of SGD": relu_layer,
+    "bundle and closed form": bundles,
+    "cos and sin with bias, balance 1.3, M = 0.02": waves,
+    "Gaussian activation with given frequencies": gaussian,
+}
+
+
+@pytest.mark.parametrize("case", [*load_reference("snnk")], ids=lambda case: case.name)
+def test_against_the_authors_code(case, agree):
+    agree(case, RECOMPUTE[case.name](case))
