@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOUNDATION_FOLDERS', 'REQUIRED', 'MET', 'BadInput', 'Unreadable', 'nearest', 'notebook_root', 'slug_of', 'is_paper',
-           'notebook_paths', 'Paper', 'title_facts', 'without_link', 'read_cells', 'as_number', 'read_paper', 'papers',
-           'find', 'match', 'OldClaim', 'claim_of', 'stored_claims', 'reading_minutes']
+           'notebook_paths', 'Paper', 'title_facts', 'without_quotes', 'without_link', 'read_cells', 'as_number',
+           'read_paper', 'papers', 'find', 'match', 'OldClaim', 'claim_of', 'stored_claims', 'reading_minutes']
 
 # %% ../../nbs/runner/01_catalogue.ipynb #cell-003
 import difflib
@@ -117,8 +117,16 @@ def title_facts(
         elif line.startswith("> ") and "summary" not in facts:
             facts["summary"] = line[2:]
         elif fact := re.match(r"- (\w+):\s*(.+)", line):
-            facts[fact[1]] = without_link(fact[2])
+            facts[fact[1]] = without_quotes(without_link(fact[2]))
     return {key: plain_text(fact) for key, fact in facts.items()}
+
+
+def without_quotes(
+    text: str,  # of a fact; YAML wants quotes around one that holds a colon
+) -> str:
+    """The text that a reader means."""
+    quoted = re.fullmatch(r"(['\"])(.*)\1", text.strip())
+    return quoted[2] if quoted else text
 
 
 def without_link(

@@ -32,7 +32,7 @@ def draft_files(
         raise BadInput(f"there is a notebook {slug!r} already")
     numbers = [int(path.name[:2]) for path in root.glob(f"{family}/[0-9][0-9]_*.ipynb")]
     places = {
-        root / family / f"{max(numbers, default=0) + 1:02}_{slug}.ipynb": "notebook.ipynb",
+        root / family / f"{max(numbers, default=0) + 1:02}_{slug}.ipynb": "notebook.ipynb.txt",
         tests / family / f"test_{slug}.py": "test.py.txt",
         tests / family / f"wrong_answers_{slug}.py": "wrong_answers.py.txt",
         tests / "device" / f"{slug}.py": "device.py.txt",
