@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from ..foundations.arguments import require_at_least_one
+
 # %% ../../nbs/shuffles/01_token_shuffle.ipynb #cell-010
 def _check_grid(grid: Sequence[int], window: int) -> tuple[int, int]:
     """Return (height, width) of a grid that whole windows cover."""
@@ -167,6 +169,7 @@ class CausalSelfAttention(nn.Module):
         num_heads: int,
     ):
         super().__init__()
+        require_at_least_one(num_heads=num_heads)
         if dim % num_heads:
             raise ValueError(f"dim {dim} must be divisible by num_heads {num_heads}")
         self.num_heads = num_heads
@@ -179,7 +182,7 @@ class CausalSelfAttention(nn.Module):
         cache: Tensor | None = None,  # (2, batch, heads, length, dim / heads), filled in place
         start: int = 0,  # positions that the cache holds already
     ) -> Float[Tensor, "batch positions dim"]:
-        """Attend within `x` and to the cached past; several positions at once only at the start."""
+        """Attend to the cached past and within `x`, each position to itself and what is before."""
         batch, positions, dim = x.shape
         heads = self.qkv(x).view(batch, positions, 3, self.num_heads, dim // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
@@ -187,7 +190,12 @@ class CausalSelfAttention(nn.Module):
             cache[0, :, :, start : start + positions] = key
             cache[1, :, :, start : start + positions] = value
             key, value = cache[:, :, :, : start + positions]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=positions > 1)
+        several, mask = positions > 1, None
+        if several and start:  # a chunk after a cached past: its own triangle, all of the past
+            mask = x.new_ones(positions, start + positions, dtype=torch.bool).tril(start)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=several and mask is None
+        )
         return self.project(mixed.transpose(1, 2).reshape(batch, positions, dim))
 
 # %% ../../nbs/shuffles/01_token_shuffle.ipynb #cell-030
@@ -220,6 +228,14 @@ class CausalTransformer(nn.Module):
         cache: Tensor | None = None,  # from new_cache
         start: int = 0,  # positions that the cache holds already
     ) -> Float[Tensor, "batch positions dim"]:
+        """Run positions start, start + 1, …; with a cache, they see those that it holds."""
+        if start and cache is None:
+            raise ValueError(f"cache must hold the {start} positions before start, got None")
+        if start + x.shape[1] > self.max_positions:
+            raise ValueError(
+                f"start + positions must be at most {self.max_positions}, "
+                f"got {start} + {x.shape[1]}"
+            )
         x = x + self.positions[start : start + x.shape[1]]
         for layer, (norm, attention, mlp) in enumerate(
             zip(self.norms, self.attentions, self.mlps, strict=True)
@@ -285,6 +301,11 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.positions, std=0.02)
 
 
+def _check_rows(ids: Tensor, batch: int, name: str) -> None:
+    if ids.shape[0] != batch:
+        raise ValueError(f"{name} must have one row a picture ({batch}), got {ids.shape[0]}")
+
+
 def _check_ids(ids: Tensor, count: int, name: str) -> None:
     # Looking at values would break the graph of a compiled model, so only eager calls look.
     if torch.compiler.is_compiling() or ids.numel() == 0:
@@ -308,7 +329,6 @@ class TokenGridTransformer(nn.Module):
         num_blocks: int = 2,  # fusion MLP blocks on each side
         num_classes: int | None = None,  # None: unconditional
         mode: str = "shuffle",  # or "mean", the baseline that averages windows
-        rank: int | None = None,  # squeeze embeddings d -> rank -> d (redundancy probe)
         text_vocab_size: int | None = None,  # accept a prefix of text ids
         max_prefix: int = 32,  # longest prefix, where text is accepted
     ):
@@ -320,9 +340,6 @@ class TokenGridTransformer(nn.Module):
         self.num_classes = num_classes
         self.num_windows = height * width // window**2
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.probe = nn.Identity()
-        if rank is not None:
-            self.probe = nn.Sequential(nn.Linear(dim, rank), nn.Linear(rank, dim))
         # One class more than there are: the last stands for "no class".
         self.start = nn.Embedding((num_classes or 0) + 1, dim)
         self.text = None if text_vocab_size is None else nn.Embedding(text_vocab_size, dim)
@@ -347,8 +364,8 @@ class TokenGridTransformer(nn.Module):
     ) -> Float[Tensor, "batch tokens vocab"]:
         """Return the logits of every token given all earlier windows."""
         self._check_tokens(tokens)
-        first = self._first_positions(len(tokens), cond, prefix)
-        fused = self.shuffle(self.probe(self.embedding(tokens)), self.grid)
+        first = self._first_positions(tokens.shape[0], cond, prefix)
+        fused = self.shuffle(self.embedding(tokens), self.grid)
         states = self.transformer(torch.cat([first, fused[:, :-1]], dim=1))
         # The state at the start token predicts the first window: drop the text before it.
         return self._logits(states[:, first.shape[1] - 1 :], self.grid)
@@ -365,6 +382,7 @@ class TokenGridTransformer(nn.Module):
             raise ValueError("cond must be None: the model was built with num_classes=None")
         if cond is None:  # "no class"
             cond = torch.full((batch,), self.num_classes or 0, device=self.start.weight.device)
+        _check_rows(cond, batch, "cond")
         _check_ids(cond, self.start.num_embeddings, "cond")
         first = self.start(cond)[:, None]
         if prefix is None:
@@ -374,6 +392,7 @@ class TokenGridTransformer(nn.Module):
         if prefix.shape[1] > self.max_prefix:
             length = prefix.shape[1]
             raise ValueError(f"prefix must hold at most {self.max_prefix} ids, got {length}")
+        _check_rows(prefix, batch, "prefix")
         _check_ids(prefix, self.text.num_embeddings, "prefix")
         return torch.cat([self.text(prefix), first], dim=1)
 
@@ -391,14 +410,17 @@ def _draw(
     logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Tensor:
     """Draw one id from the last axis of (batch, tokens, vocab), each token on its own."""
-    if temperature == 0:
+    if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
-    if top_k is not None:
-        smallest = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probabilities = (logits / temperature).softmax(-1)
-    flat = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
-    return flat.reshape(logits.shape[:-1])
+    # In 32 bits, from the largest down: no temperature, however small, makes this overflow.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    codes = None
+    if top_k is not None:  # among equal logits, too, exactly top_k codes stay
+        logits, codes = logits.topk(top_k)
+    weights = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)
+    flat = torch.multinomial(weights.flatten(0, 1), 1, generator=generator)
+    drawn = flat.reshape(*logits.shape[:-1], 1)
+    return (drawn if codes is None else codes.gather(-1, drawn))[..., 0]
 
 # %% ../../nbs/shuffles/01_token_shuffle.ipynb #cell-040
 class TokenShuffleAR(TokenGridTransformer):
@@ -421,7 +443,7 @@ class TokenShuffleAR(TokenGridTransformer):
     ) -> Float[Tensor, ""]:  # nats a token
         """Return the mean cross-entropy over all tokens, in nats (step 7 of the method)."""
         if drop_cond and cond is not None:
-            dropped = torch.rand(len(cond), generator=generator) < drop_cond
+            dropped = torch.rand(cond.shape[0], generator=generator) < drop_cond
             cond = cond.masked_fill(dropped.to(cond.device), self.num_classes or 0)
         logits = self(tokens, cond, prefix)
         value = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
@@ -452,7 +474,7 @@ class TokenShuffleAR(TokenGridTransformer):
             prefix = None if prefix is None else prefix.repeat(2, 1)
         rows = batch if weights is None else 2 * batch
         # Embedding and compression of all V codes, once: a step only looks rows up.
-        table = self.shuffle.compress(self.probe(self.embedding.weight))
+        table = self.shuffle.compress(self.embedding.weight)
         one_window = (self.window, self.window)
         position = self._first_positions(rows, cond, prefix)
         cache, filled, windows = self.transformer.new_cache(rows), 0, []
