@@ -1,6 +1,7 @@
 """Bag-of-words superposition: the data, the tied autoencoder, its closed form, what is measured."""
 
 import math
+import unicodedata
 import warnings
 
 import numpy as np
@@ -26,6 +27,7 @@ from shuffle_nb.features.bows import (
     one_hot_r2,
     pca_solution,
     preactivation_parts,
+    prose,
     same_topic_neighbours,
     shuffle_columns,
     sphere_bow,
@@ -35,6 +37,7 @@ from shuffle_nb.features.bows import (
 )
 from shuffle_nb.foundations import datasets
 from shuffle_nb.foundations.costs import count_flops
+from shuffle_nb.foundations.reference import load_reference
 
 OFF_DIAGONAL = ~torch.eye(12, dtype=torch.bool)
 
@@ -84,6 +87,36 @@ def test_words_keep_case_and_small_numerals_and_lose_the_rest():
     assert "In" not in words_of(text, {"the", "in"}, min_chars=0, lowercase=True)
     assert words_of(text, min_chars=len(text) + 1) == set()
     assert words_of(text, min_chars=len(text)) != set()
+
+
+@pytest.mark.parametrize("word", ["İstanbul", "Mu\u0308nchen", "e\u0301te\u0301", "i\u0307stanbul"])
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_a_word_with_accents_stays_whole(word, lowercase):
+    found = words_of(f"{word} " * 8, min_chars=0, lowercase=lowercase)
+    composed = unicodedata.normalize("NFC", word)
+    assert found == {composed.lower() if lowercase else composed}
+
+
+def test_two_spellings_of_an_accent_are_one_word():
+    assert len(words_of("caf\u00e9 cafe\u0301", min_chars=0)) == 1
+    assert words_of("x\u00b2 \u0301 7\u0301", min_chars=0) == {"7"}
+
+
+def test_prose_loses_addresses_code_and_names():
+    text = """Draw a plot, see https://en.wikipedia.org/wiki/Plot or www.x.org/a;
+    use `nx` and ``plt``.
+    The :func:`sum` of np.array, n_jobs and ValueError stay out. GPU stays.
+
+    >>> import networkx as nx
+    ... nx.draw()
+    After it.
+    References
+    ----------
+    Someone, somewhere.
+    """
+    kept = "Draw a plot see or use and The of and stay out GPU stays After it"
+    assert words_of(prose(text), min_chars=0) == set(kept.split())
+    assert prose("References to nodes are fine.") == "References to nodes are fine."
 
 
 def test_the_worked_example_of_four_records():
@@ -336,6 +369,44 @@ def test_sparse_and_dense_data_train_the_same_model():
     dense, losses = fit_autoencoder(X, 3, steps=7, batch=20)
     sparse, again = fit_autoencoder(as_sparse(X), 3, steps=7, batch=20)
     assert losses == again and torch.equal(dense.weight, sparse.weight)
+
+
+def test_many_words_are_read_sparsely_and_give_the_same_model():
+    X = (torch.rand(60, 2100, generator=seeded()) < 0.02).float()
+    X[7] = 0  # an empty row
+    for loss in ("mse", "bce"):
+        choice = dict(steps=6, batch=20, lr=1e-3, loss=loss)
+        dense, losses = fit_autoencoder(X, 3, **choice)
+        sparse, again = fit_autoencoder(as_sparse(X), 3, **choice)
+        assert losses == pytest.approx(again, rel=1e-5)
+        assert torch.allclose(dense.weight, sparse.weight, atol=1e-4)
+        assert sparse.weight.is_contiguous()
+
+
+def test_an_untied_decoder_starts_as_a_copy_and_goes_its_own_way():
+    X = circular_bow(200)
+    tied, untied = (TiedAutoencoder(12, 3, generator=seeded(), tied=tied) for tied in (True, False))
+    assert torch.equal(tied(X), untied(X))
+    assert sum(p.numel() for p in untied.parameters()) == 2 * 36 + 12
+    model, losses = fit_autoencoder(X, 3, tied=False, lr=1e-2, steps=20, batch=50)
+    assert losses[-1] < losses[0] and not torch.equal(model.weight, model.decoder)
+    with torch.no_grad():
+        whole = sum(preactivation_parts(model, X).values())
+        assert torch.allclose(whole.relu(), model(X), atol=1e-5)
+        assert torch.allclose(whole, X @ model.gram().T + model.bias, atol=1e-5)
+        assert interference_stats(model, X)["self"] == pytest.approx(
+            model.gram().diagonal().mean().item(), abs=1e-5
+        )
+
+
+def test_cross_entropy_is_that_of_the_logits():
+    X = circular_bow(64)
+    model, losses = fit_autoencoder(X, 3, loss="bce", steps=1, batch=64)
+    start = TiedAutoencoder(12, 3, generator=seeded(0))
+    z = X @ start.weight.T @ start.weight
+    expected = torch.nn.functional.binary_cross_entropy(z.sigmoid(), X)
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert not model.relu
 
 
 def test_as_many_dimensions_as_words_lose_nothing():
@@ -675,6 +746,7 @@ class TestBadInput:
             (lambda: fit_autoencoder(TWO, 2, epochs=0), "at least 1"),
             (lambda: fit_autoencoder(TWO, 2, batch=0), "batch must be at least 1"),
             (lambda: fit_autoencoder(TWO, 2, schedule="step"), "'cosine-epoch'.*'step'"),
+            (lambda: fit_autoencoder(TWO, 2, loss="l1"), "'mse', 'bce'.*'l1'"),
             (lambda: fit_autoencoder(TWO.long(), 2), "floats, got torch.int64"),
             (lambda: fit_autoencoder(TWO[0], 2), r"shape \(4,\)"),
             (lambda: fit_autoencoder(TWO[:0], 2), r"shape \(0, 4\)"),
@@ -698,3 +770,111 @@ class TestBadInput:
     def test_message_says_what_was_expected(self, call, message):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---------------------------------------------------------------- the authors' own numbers
+
+
+def load_model(case, relu=True):
+    weight = case.tensors["weight"]
+    model = TiedAutoencoder(weight.shape[1], weight.shape[0], relu).double()
+    model.load_state_dict({name: case.tensors[name] for name in ("weight", "bias")})
+    return model
+
+
+def descend(model, case, batches, rates):
+    """Take one AdamW step a batch; return the losses."""
+    decay = case.settings["weight_decay"]
+    optimizer, losses = torch.optim.AdamW(model.parameters(), weight_decay=decay), []
+    for (first, last), rate in zip(batches, rates, strict=True):
+        x = case.tensors["x"][first:last]
+        optimizer.zero_grad()
+        loss = (model(x) - x).square().mean()
+        loss.backward()
+        if "clip" in case.settings:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), case.settings["clip"])
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def synthetic_recipe(case):
+    model, s = load_model(case), case.settings
+    with torch.no_grad():
+        output = model(case.tensors["x"])
+    batches = s["epochs"] * s["batches"]
+    rates = learning_rates(s["lr"], len(batches), len(s["batches"]), s["schedule"])
+    losses = descend(model, case, batches, rates)
+    return {
+        "output": output,
+        "loss of each epoch (mean over its batches)": losses.view(s["epochs"], -1).mean(1),
+        "weight afterwards": model.weight,
+        "bias afterwards": model.bias,
+        "gram afterwards": model.gram(),
+    }
+
+
+def generators(case):
+    s = case.settings
+    found = {
+        name: draw(samples, n, sharpness, log_odds, noise, seed)
+        for name, draw in (
+            ("circular", circular_bow),
+            ("figure8", figure8_bow),
+            ("sphere", sphere_bow),
+        )
+        for samples, n, sharpness, log_odds, noise, seed in [s[name]]
+    }
+    return found | {"iid": iid_bow(*s["iid"])}
+
+
+def text_recipe(case):
+    model, s = load_model(case), case.settings
+    linear = load_model(case, relu=False)
+    rates = learning_rates(s["lr"], s["steps"], 3, s["schedule"])
+    losses = descend(model, case, s["batches"], rates)
+    linear.load_state_dict(model.state_dict())
+    return {
+        "losses": losses,
+        "weight afterwards": model.weight,
+        "bias afterwards": model.bias,
+        "feature_r2": feature_r2(model, case.tensors["x"]),
+        "one_hot_r2": one_hot_r2(model),
+        "output of the linear model": linear(case.tensors["x"]),
+    }
+
+
+@torch.no_grad()
+def measurements(case):
+    model, x = load_model(case), case.tensors["x"]
+    parts = preactivation_parts(model, x)
+    stats = interference_stats(model, x, min_active=case.settings["min_active"])
+    W, b, loss = pca_solution(x, 2)
+    keys = "active, inactive, positive_share, positive_share_inactive, self, bias"
+    return {
+        "self": parts["self"],
+        "interference": parts["interference"],
+        f"stats: {keys}": torch.tensor(
+            [stats[key] for key in keys.split(", ")], dtype=torch.float64
+        ),
+        "PCA W^T W": W.T @ W,
+        "PCA b": b,
+        "PCA loss": torch.tensor(loss, dtype=torch.float64),
+        "correlations": word_correlations(x),
+        "alignment": gram_alignment(model.gram(), word_correlations(x)),
+        "neighbour order score": neighbour_order_score(model.weight),
+    }
+
+
+RECOMPUTE = {
+    "tied ReLU autoencoder, synthetic recipe": synthetic_recipe,
+    "generators without noise": generators,
+    "text recipe: four steps with decay 4, then R squared": text_recipe,
+    "interference, PCA, geometry": measurements,
+}
+
+
+@pytest.mark.parametrize("case", [*load_reference("bows")], ids=lambda case: case.name)
+def test_against_the_authors_code(case, agree):
+    agree(case, RECOMPUTE[case.name](case))
