@@ -34,7 +34,7 @@ def require_at_least_one(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
-
+# %% ../../nbs/foundations/06_arguments.ipynb #68ad2e91
 def require_between(
     low: int,
     high: int,  # included
@@ -48,7 +48,7 @@ def require_between(
         if not low <= value <= high:
             raise ValueError(f"{name} must be in {low}..{high}, got {value}")
 
-
+# %% ../../nbs/foundations/06_arguments.ipynb #a9d1be54
 def require_divisible(
     divisor_name: str,
     divisor: int,
@@ -70,7 +70,7 @@ def nearest(
     found = get_close_matches(str(name).lower(), by_lower, n=1)
     return by_lower[found[0]] if found else None
 
-
+# %% ../../nbs/foundations/06_arguments.ipynb #4fec31e7
 def require_one_of(
     options: Iterable[str],
     **values: str | None,  # argument -> its value; None: not given
@@ -136,7 +136,7 @@ def require_probability(
         if (extent := _extent(value)) and not 0 <= extent[0] <= extent[1] <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {_told(*extent)}")
 
-
+# %% ../../nbs/foundations/06_arguments.ipynb #70f8d22e
 def require_positive(
     **values: float | Tensor | None,  # argument -> its value or values; None: not given
 ) -> None:
@@ -145,7 +145,7 @@ def require_positive(
         if (extent := _extent(value)) and not 0 < extent[0] <= extent[1] < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {_told(*extent)}")
 
-
+# %% ../../nbs/foundations/06_arguments.ipynb #7c5c68ff
 def require_finite(
     **values: float | Tensor | None,  # argument -> its value or values; None: not given
 ) -> None:
@@ -169,7 +169,7 @@ def require_ids(
             low, high = extent
             raise ValueError(f"{name} must be in 0..{count - 1}, got {low} to {high}")
 
-
+# %% ../../nbs/foundations/06_arguments.ipynb #5f0e1bd6
 def require_permutation(
     size: int,  # places
     **tensors: Tensor | None,  # argument -> its value, (..., size); None: not given

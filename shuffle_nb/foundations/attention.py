@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .arguments import require_at_least_one
+from .arguments import require_at_least_one, require_divisible, require_shape
 
 # %% ../../nbs/foundations/09_attention.ipynb #3bc1339d
 def attend(
@@ -58,7 +58,7 @@ class KeyValueCache:
     ) -> tuple[Tensor, Tensor]:  # (batch, heads, length, width), twice: past and chunk
         """Add a chunk, and return all that is known."""
         batch, heads, chunk, width = key.shape
-        self._check(key)
+        _require_room(self, key)
         if self.key is None or self.value is None:
             self.key = key.new_empty(batch, heads, self.max_length, width)
             self.value = torch.empty_like(self.key)
@@ -72,24 +72,25 @@ class KeyValueCache:
         """Forget the past and keep the memory."""
         self.length = 0
 
-    def _check(self, key: Tensor) -> None:
-        if torch.is_grad_enabled() and key.requires_grad:
-            raise ValueError("a cache is filled in place: call the model under torch.no_grad()")
-        if self.length + key.shape[2] > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.length} of at most {self.max_length} places, "
-                f"got {key.shape[2]} more"
-            )
-        if self.key is None:
-            return
-        (batch, heads, _, width), kind, place = self.key.shape, self.key.dtype, self.key.device
-        if (key.shape[0], key.shape[1], key.shape[3]) != (batch, heads, width) or (
-            key.dtype != kind or key.device != place
-        ):
-            raise ValueError(
-                f"a chunk must be ({batch}, {heads}, places, {width}) of {kind} on {place} like "
-                f"the cache, got {tuple(key.shape)} of {key.dtype} on {key.device}"
-            )
+# %% ../../nbs/foundations/09_attention.ipynb #c9f51da0
+def _require_room(cache: KeyValueCache, key: Tensor) -> None:
+    """Raise ValueError for a chunk that a cache cannot take."""
+    if torch.is_grad_enabled() and key.requires_grad:
+        raise ValueError("a cache is filled in place: call the model under torch.no_grad()")
+    if cache.length + key.shape[2] > cache.max_length:
+        raise ValueError(
+            f"the cache holds {cache.length} of at most {cache.max_length} places, "
+            f"got {key.shape[2]} more"
+        )
+    if cache.key is None:
+        return
+    (batch, heads, _, width), kind, place = cache.key.shape, cache.key.dtype, cache.key.device
+    same_shape = (key.shape[0], key.shape[1], key.shape[3]) == (batch, heads, width)
+    if not same_shape or key.dtype != kind or key.device != place:
+        raise ValueError(
+            f"a chunk must be ({batch}, {heads}, places, {width}) of {kind} on {place} like "
+            f"the cache, got {tuple(key.shape)} of {key.dtype} on {key.device}"
+        )
 
 # %% ../../nbs/foundations/09_attention.ipynb #807253b9
 class Attention(nn.Module):
@@ -107,9 +108,7 @@ class Attention(nn.Module):
         causal: bool = False,  # a token sees itself and what came before
     ):
         super().__init__()
-        require_at_least_one(dim=dim, num_heads=num_heads)
-        if dim % num_heads:
-            raise ValueError(f"dim must be divisible by num_heads {num_heads}, got {dim}")
+        require_divisible("num_heads", num_heads, dim=dim)
         self.dim, self.num_heads, self.causal = dim, num_heads, causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
@@ -119,8 +118,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "batch tokens dim"],
     ) -> tuple[Tensor, Tensor, Tensor]:  # query, key, value: (batch, heads, tokens, dim / heads)
         """Ask, offer and give: one linear map, cut into heads."""
-        if x.ndim != 3 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got shape {tuple(x.shape)}")
+        require_shape("batch", "tokens", self.dim, x=x)
         parts = self.qkv(x).unflatten(-1, (3, self.num_heads, self.dim // self.num_heads))
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         return query, key, value

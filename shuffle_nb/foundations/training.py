@@ -65,7 +65,7 @@ def pick_device(
         raise ValueError(f"device {name!r} is not available on this machine; use 'auto' or 'cpu'")
     return device
 
-
+# %% ../../nbs/foundations/02_training.ipynb #a5b4d162
 def set_up(
     device: str | torch.device = "auto",  # as for `pick_device`
     scale: str = "laptop",  # or "full"
@@ -180,7 +180,7 @@ def save_checkpoint(
     torch.save(state, unfinished)
     unfinished.replace(path)
 
-
+# %% ../../nbs/foundations/02_training.ipynb #07da7b4e
 def load_checkpoint(
     path: str | Path,  # a file written by save_checkpoint
 ) -> dict:
@@ -511,7 +511,7 @@ class Trained:
     flops_per_step: int | None  # forward and backward; None for an arm that `fit` did not train
     scores: Score | None  # what `evaluate` said at the end
 
-
+# %% ../../nbs/foundations/02_training.ipynb #7c084bdf
 class Arms(dict):
     """The arms of an experiment: name -> one `Trained` for each seed. Shows itself as a table."""
 
