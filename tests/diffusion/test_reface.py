@@ -17,23 +17,30 @@ from shuffle_nb.diffusion.reface import (
     OneTokenMapper,
     ddim_chain,
     ddim_coefficients,
-    ddim_step,
     extend_input_layer,
     face_mask,
     id_retrieval,
     identity_loss,
     inpaint_input,
+    load_reface_weights,
     make_reference,
     mix_conditions,
     noise_loss,
     perceptual_loss,
     random_offsets,
     reface_loss,
-    scaled_linear_schedule,
+    released_table,
     swap,
     tps_warp_mask,
 )
+from shuffle_nb.diffusion.tiny_diffusion import (
+    ddim_step,
+    diffuse,
+    scaled_linear_schedule,
+    table_levels,
+)
 from shuffle_nb.foundations.costs import peak_memory
+from shuffle_nb.foundations.reference import load_reference
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -872,6 +879,214 @@ def test_retrieval_finds_the_nearest_by_cosine_and_all_of_them_at_last(people, s
     assert shares[0] == pytest.approx((nearest == truth).float().mean().item())
 
 
+# ---------------------------------------------------------------- what users need
+
+
+def test_swap_takes_another_time_grid_and_the_released_one_is_there():
+    t, a_t, a_prev = released_table(scaled_linear_schedule(), 50)
+    assert t.tolist() == list(range(981, 0, -20))
+    assert torch.equal(a_prev[:-1], a_t[1:])
+    assert a_prev[-1] == scaled_linear_schedule()[0]
+    x, m, _ = batch()
+    model, told = Tiny(), []
+    model.register_forward_pre_hook(lambda module, args: told.append(int(args[1][0])))
+    ours = swap(
+        model, x, x, m, 50, 1.0, generator=seeded(), table=released_table(model.alphas_cumprod)
+    )
+    assert told == t.tolist()
+    usual = swap(model, x, x, m, 50, 1.0, generator=seeded())
+    assert not torch.allclose(ours, usual)
+    assert torch.equal(
+        usual,
+        swap(
+            model, x, x, m, 50, 1.0, generator=seeded(),
+            table=ddim_coefficients(model.alphas_cumprod, 50, 999),
+        ),
+    )  # fmt: skip
+
+
+def official_state(width: int = 8, depth: int = 5) -> dict[str, torch.Tensor]:
+    """A made-up checkpoint under the names of the released one, with what is left alone."""
+    state = {
+        "learnable_vector": torch.randn(1, 1, width),
+        "model.diffusion_model.input_blocks.0.0.weight": torch.randn(320, 9, 3, 3),
+        "model.diffusion_model.out.2.bias": torch.randn(4),
+        "first_stage_model.decoder.conv_in.weight": torch.randn(4, 4),
+        "cond_stage_model.model.logit_scale": torch.randn(()),
+        "cond_stage_model.mapper.resblocks.0.ln_1.weight": torch.randn(1024),
+        "face_ID_model.facenet.input_layer.0.weight": torch.randn(2),
+        "betas": torch.randn(3),
+    }
+    shapes = {
+        "proj_out_source": (width, width),
+        "proj_out_target": (width, width),
+        "ID_proj_out": (width, 6),
+        "landmark_proj_out": (width, 10),
+        "cond_stage_model.final_ln2": (width,),
+    }
+    for block in range(depth):
+        name = f"cond_stage_model.mapper2.resblocks.{block}"
+        shapes |= {
+            f"{name}.ln_1": (width,),
+            f"{name}.ln_2": (width,),
+            f"{name}.attn.c_qkv": (3 * width, width),
+            f"{name}.attn.c_proj": (width, width),
+            f"{name}.mlp.c_fc": (4 * width, width),
+            f"{name}.mlp.c_proj": (width, 4 * width),
+        }
+    for name, shape in shapes.items():
+        state |= {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[0])}
+    return state
+
+
+def released_mapper(state, z, depth=5):
+    """Their one-token Transformer, with softmax over the single token."""
+
+    def linear(name, x):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    for block in range(depth):
+        name = f"cond_stage_model.mapper2.resblocks.{block}"
+        q, k, v = linear(f"{name}.attn.c_qkv", norm(f"{name}.ln_1", z)).chunk(3, -1)
+        weights = (q[:, :, None] @ k[:, :, None].mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0]
+        z = z + linear(f"{name}.attn.c_proj", weights * v)
+        z = z + linear(
+            f"{name}.mlp.c_proj", F.gelu(linear(f"{name}.mlp.c_fc", norm(f"{name}.ln_2", z)))
+        )
+    return norm("cond_stage_model.final_ln2", z)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_released_conditioning_is_loaded_under_its_official_names(wrapped):
+    mixer, state = ConditionMixer(8, 6, 10, 8, mapper=OneTokenMapper(8)), official_state()
+    rest = load_reface_weights(mixer, {"state_dict": state} if wrapped else state)
+    assert sorted(rest) == ["input_blocks.0.0.weight", "out.2.bias"]
+    assert torch.equal(mixer.identity.weight, state["ID_proj_out.weight"])
+    assert torch.equal(mixer.landmarks.bias, state["landmark_proj_out.bias"])
+    assert torch.equal(mixer.source.weight, state["proj_out_source.weight"])
+    assert torch.equal(mixer.target.weight, state["proj_out_target.weight"])
+    assert torch.equal(mixer.null, state["learnable_vector"][0, 0])
+    z = torch.randn(3, 8)
+    torch.testing.assert_close(mixer.mapper(z), released_mapper(state, z[:, None])[:, 0])
+
+
+def test_a_release_that_does_not_fit_is_refused():
+    mixer, state = ConditionMixer(8, 6, 10, 8, mapper=OneTokenMapper(8)), official_state()
+    with pytest.raises(ValueError, match=r"lacks 1 weights of the condition, such as source\.bias"):
+        load_reface_weights(mixer, {k: v for k, v in state.items() if k != "proj_out_source.bias"})
+    with pytest.raises(ValueError, match="has 12 weights in excess"):
+        load_reface_weights(mixer, official_state(depth=6))
+    with pytest.raises(ValueError, match=r"identity\.weight must be \(8, 6\)"):
+        load_reface_weights(mixer, state | {"ID_proj_out.weight": torch.zeros(8, 7)})
+
+
+def test_the_released_sizes_fit():
+    with torch.device("meta"):
+        mixer = ConditionMixer(768, 512, 136, 768, mapper=OneTokenMapper(768))
+    shapes = {name: tuple(p.shape) for name, p in mixer.state_dict().items()}
+    assert shapes["identity.weight"] == (768, 512) and shapes["landmarks.weight"] == (768, 136)
+    assert shapes["mapper.think.4.3.weight"] == (768, 3072)
+
+
+# ---------------------------------------------------------------- the authors' own numbers
+
+
+class Bent:
+    """The toy network of the reference cases."""
+
+    alphas_cumprod = scaled_linear_schedule().double()
+
+    def __init__(self, null=None):
+        self.null = null
+
+    def __call__(self, z9, t, c):
+        z, masked, m = z9[:, :4], z9[:, 4:8], z9[:, 8:9]
+        wave = 0.9 * torch.tanh(z + 0.5 * masked) + 0.2 * m - 0.3 * t.view(-1, 1, 1, 1) / 1000
+        return wave + c[:, :, None, None]
+
+
+def chain_of_the_authors(case):
+    numbers, given = case.settings, case.tensors
+    z, cond = given["z"].requires_grad_(), given["cond"].requires_grad_()
+    extra = torch.cat([given["masked"], given["m"]], dim=1)
+    model, steps = Bent(), numbers["steps"]
+    estimates = ddim_chain(model, z, extra, cond, steps)
+    last = ddim_chain(model, z, extra, cond, steps, return_all=False)
+    last.square().sum().backward()
+
+    def guided(z9, t, c):
+        without = model(z9, t, given["null"].expand(len(z9), -1))
+        return without + numbers["guidance"] * (model(z9, t, c) - without)
+
+    table = ddim_coefficients(model.alphas_cumprod, steps, 999)
+
+    def id_net(x):
+        return x.flatten(1) @ given["id_matrix"].T
+
+    return {
+        "times": table[0],
+        "abar at alphas_at": model.alphas_cumprod[torch.tensor(numbers["alphas_at"])],
+        "estimates": estimates,
+        "last estimate": last,
+        "gradient w.r.t. z": z.grad,
+        "gradient w.r.t. cond": cond.grad,
+        "guided last estimate": ddim_chain(guided, z, extra, cond, steps, False, table=table),
+        "identity term": identity_loss(id_net, estimates, given["m"], id_net(given["reference"])),
+        "perceptual term": perceptual_loss(estimates, given["target"]),
+    }
+
+
+def input_of_the_authors(case):
+    given, t = case.tensors, torch.tensor(case.settings["times"])
+    levels = table_levels(scaled_linear_schedule().double())
+    noisy = diffuse(given["z0"], given["noise"], t, levels)
+    return {"input": inpaint_input(noisy, given["masked"], given["m"])}
+
+
+def condition_of_the_authors(case):
+    given, numbers = case.tensors, case.settings
+    mixer = ConditionMixer(5, 4, 6, 3, weights=numbers["weights"]).double()
+    names = {"source": "P_s", "target": "P_t", "identity": "P_id", "landmarks": "P_lm"}
+    heads = {
+        f"{ours}.{part}": given[f"{theirs}.{part}"]
+        for ours, theirs in names.items()
+        for part in ("weight", "bias")
+    }
+    mixer.load_state_dict(heads, strict=False)
+    parts = [given[name] for name in names]
+    c = mixer(*parts)
+    c.square().sum().backward()
+    grads = {
+        f"gradient w.r.t. {theirs}.weight": getattr(mixer, ours).weight.grad
+        for ours, theirs in names.items()
+    }
+    return {"c": c, "c with the other weights": mixer(*parts, weights=numbers["other"])} | grads
+
+
+def masks_of_the_authors(case):
+    given = case.tensors
+    return {
+        "bent masks": tps_warp_mask(given["m"], given["offset"]),
+        "face mask": face_mask(given["labels"].long(), case.settings["face_ids"]),
+    }
+
+
+RECOMPUTE = {
+    "three-step chain, its gradient, guidance, identity and perceptual terms": chain_of_the_authors,
+    "noised nine-channel input": input_of_the_authors,
+    "condition from four heads": condition_of_the_authors,
+    "bent masks, rectangular": masks_of_the_authors,
+}
+
+
+@pytest.mark.parametrize("case", [*load_reference("reface")], ids=lambda case: case.name)
+def test_against_the_authors_code(case, agree):
+    agree(case, RECOMPUTE[case.name](case))
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -901,23 +1116,37 @@ ones = torch.ones(2, 1, 4, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: inpaint_input(ones, ones[:1], ones), "must have one shape"),
-        (lambda: inpaint_input(ones, ones, ones.expand(2, 2, 4, 4)), "m one channel"),
+        (lambda: inpaint_input(ones, ones[:1], ones), r"x_masked must be \(2, 1, 4, 4\)"),
+        (
+            lambda: inpaint_input(ones, ones, ones.expand(2, 2, 4, 4)),
+            r"m must be \(2, 1, height, width\), got shape \(2, 2",
+        ),
         (lambda: extend_input_layer(nn.Linear(2, 2), -1), "extra must be at least 0"),
         (lambda: extend_input_layer(nn.Conv2d(4, 4, 1, groups=2), 1), "not grouped"),
-        (lambda: face_mask(torch.zeros(4, 4, dtype=torch.long)), r"got \(4, 4\)"),
+        (
+            lambda: face_mask(torch.zeros(4, 4, dtype=torch.long)),
+            r"labels must be .*got shape \(4, 4\)",
+        ),
         (lambda: MaskFamily(torch.ones(4, 4)), r"types, 1, height, width"),
-        (lambda: MaskFamily(torch.ones(0, 1, 4, 4)), r"types, 1, height, width"),
-        (lambda: MaskFamily(ones * 2), r"masks must be in \[0, 1\], got 2 to 2"),
+        (lambda: MaskFamily(torch.ones(0, 1, 4, 4)), "types must be at least 1, got 0"),
+        (lambda: MaskFamily(ones * 2), r"masks must be in \[0, 1\], got 2"),
         (lambda: MaskFamily(ones, [1.0]), "probs must be 2 numbers"),
         (lambda: MaskFamily(ones, [1.0, -1.0]), "probs must be 2 numbers"),
         (lambda: MaskFamily(ones, [0.0, 0.0]), "probs must be 2 numbers"),
         (lambda: MaskFamily(ones).choose(ones), r"n, 2, 1, height, width"),
-        (lambda: tps_warp_mask(ones, torch.zeros(2)), r"offset must have shape \(2, 2\)"),
+        (lambda: tps_warp_mask(ones, torch.zeros(2)), r"offset must be \(2, 2\)"),
         (lambda: tps_warp_mask(ones - 3, torch.zeros(2, 2)), r"m must be in \[0, 1\]"),
-        (lambda: tps_warp_mask(ones[:, 0], torch.zeros(2, 2)), "m must have shape"),
-        (lambda: make_reference(ones, ones[:1]), r"m must have shape \(2, 1, 4, 4\)"),
+        (lambda: tps_warp_mask(ones[:, 0], torch.zeros(2, 2)), r"got shape \(2, 4, 4\)"),
+        (lambda: make_reference(ones, ones[:1]), r"m must be \(2, 1, 4, 4\)"),
         (lambda: make_reference(ones, ones * torch.nan), r"m must be in \[0, 1\], got nan"),
+        (lambda: make_reference(ones, ones > 0), "m must hold floating-point numbers, got torch.b"),
+        (lambda: inpaint_input(ones, ones, ones > 0), "m must hold floating-point numbers"),
+        (lambda: bad_swap(mask=torch.ones(3, 1, 8, 8) > 0), "mask must hold floating-point"),
+        (
+            lambda: bad_swap(table=ddim_coefficients(schedule, 4, 999)),
+            "a row for each of 2 steps, got 4",
+        ),
+        (lambda: released_table(schedule, 0), "steps must be in 1..999, got 0"),
         (lambda: mix_conditions([ones] * 3, (0, 0, 0)), "not sum to zero"),
         (lambda: mix_conditions([ones] * 3, (1, -1, 2)), "not negative"),
         (lambda: mix_conditions([ones] * 3, (1, 1)), "weights must be 3 numbers"),
@@ -944,12 +1173,15 @@ ones = torch.ones(2, 1, 4, 4)
         (lambda: bad_loss(steps=0), "steps must be in 1..1000, got 0"),
         (lambda: bad_loss(steps=1001), "steps must be in 1..1000, got 1001"),
         (lambda: bad_loss(m=torch.full((2, 1, 8, 8), 1.5)), r"m must be in \[0, 1\]"),
-        (lambda: bad_loss(m=torch.ones(2, 1, 4, 4)), r"m must have shape \(2, 1, 8, 8\)"),
+        (lambda: bad_loss(m=torch.ones(2, 1, 4, 4)), r"m must be \(2, 1, 8, 8\)"),
         (lambda: bad_loss(encode=pixels), "encode and decode must be given together"),
         (lambda: bad_swap(mask=torch.full((3, 1, 8, 8), -0.5)), r"mask must be in \[0, 1\]"),
-        (lambda: bad_swap(mask=torch.ones(3, 1, 4, 4)), "mask must have shape"),
-        (lambda: bad_swap(source=torch.ones(1, 1, 8, 8)), "must have one shape"),
-        (lambda: bad_swap(source_mask=torch.ones(1, 1, 8, 8)), "source_mask must have shape"),
+        (lambda: bad_swap(mask=torch.ones(3, 1, 4, 4)), r"mask must be \(3, 1, 8, 8\)"),
+        (lambda: bad_swap(source=torch.ones(1, 1, 8, 8)), r"source must be \(3, 1, 8, 8\)"),
+        (
+            lambda: bad_swap(source_mask=torch.ones(1, 1, 8, 8)),
+            r"source_mask must be \(3, 1, 8, 8\)",
+        ),
         (lambda: bad_swap(steps=0), "steps must be in 1..1000"),
         (lambda: id_retrieval(torch.ones(2, 3), torch.ones(2, 4), torch.zeros(2).long()), "width"),
         (lambda: id_retrieval(torch.ones(2, 3), torch.eye(3), torch.zeros(3).long()), "truth"),
