@@ -44,7 +44,7 @@ ACTIVATIONS = {"hard_swish": F.hardswish, "silu": F.silu, "relu6": F.relu6}
 
 
 def gates_as_written(
-    module: "CoordinateAttention",
+    module: nn.Module,  # a CoordinateAttention
     x: Float[Tensor, "batch channels height width"],
 ) -> tuple[
     Float[Tensor, "batch channels height 1"],  # g_h
