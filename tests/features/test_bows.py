@@ -391,7 +391,9 @@ def test_an_untied_decoder_starts_as_a_copy_and_goes_its_own_way():
     model, losses = fit_autoencoder(X, 3, tied=False, lr=1e-2, steps=20, batch=50)
     assert losses[-1] < losses[0] and not torch.equal(model.weight, model.decoder)
     with torch.no_grad():
-        whole = sum(preactivation_parts(model, X).values())
+        parts = preactivation_parts(model, X)
+        whole = sum(parts.values())
+        assert torch.allclose(parts["self"], X * model.gram().diagonal(), atol=1e-5)
         assert torch.allclose(whole.relu(), model(X), atol=1e-5)
         assert torch.allclose(whole, X @ model.gram().T + model.bias, atol=1e-5)
         assert interference_stats(model, X)["self"] == pytest.approx(
