@@ -15,7 +15,7 @@ from warm_kernels import WarmKernels
 
 from shuffle_nb.foundations import figures
 from shuffle_nb.foundations.exercises import Exercise
-from shuffle_nb.runner.catalogue import is_paper, read_cells, read_paper, slug_of, stored_claims
+from shuffle_nb.runner.catalogue import is_paper, read_cells, read_paper, stored_claims
 from shuffle_nb.runner.execute import execute, prepare
 
 TESTS = Path(__file__).parent
@@ -25,13 +25,6 @@ NOTEBOOKS = [
     for path in sorted([*ROOT.glob("*.ipynb"), *ROOT.glob("*/*.ipynb")])
     if any(cell["cell_type"] == "code" for cell in read_cells(path))
 ]
-# Notebooks whose exercises are not yet in the form of foundations/08_exercises. The list only
-# shrinks: whatever is not on it must have wrong answers for each check, and folded solutions.
-WAITING = {
-    "hssda",
-    "reface",
-    "relactrl",
-}
 STARTS_COLD = "shuffles/01_token_shuffle"  # so that one notebook shows what a user's kernel does
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 
@@ -82,7 +75,7 @@ def test_notebook_runs(source, tmp_path, monkeypatch, record_property, warm_kern
     if is_paper(source, ROOT):
         assert found["controls"], "no explorer, or one without controls"
         assert_claims(result.claims, source)
-    if paper.slug not in WAITING and (is_paper(source, ROOT) or found.get("checks")):
+    if is_paper(source, ROOT) or found.get("checks"):
         assert_exercises(cells, found["checks"], wrong_answers)
 
 
@@ -123,16 +116,10 @@ def assert_exercises(cells, checks, wrong_answers):
         )
 
 
-def test_notebooks_that_wait_are_there():
-    assert {slug_of(path) for path in NOTEBOOKS} >= WAITING
-
-
 @pytest.mark.parametrize(
     "source", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT).with_suffix(""))
 )
 def test_no_control_is_stored_in_a_notebook(source):
-    if slug_of(source) in WAITING:
-        pytest.skip("waits for its second edition")
     stored = json.loads(source.read_text(encoding="utf-8"))
     views = [
         cell["source"]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,14 @@ import yaml
 from nbconvert import MarkdownExporter
 from packaging.requirements import Requirement
 
-from shuffle_nb.runner.catalogue import is_paper, papers, read_cells, read_paper, slug_of
+from shuffle_nb.runner.catalogue import (
+    is_paper,
+    papers,
+    read_cells,
+    read_paper,
+    reading_minutes,
+    slug_of,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 import readme
@@ -228,9 +236,24 @@ def test_title_cell_has_all_facts(path):
     assert 1950 < paper.year < 2100 and 0 < paper.minutes < 240
     facts = re.findall(r"^- (.+)$", sources(path, "markdown")[0], flags=re.M)
     assert isinstance(yaml.safe_load("\n".join(facts)), dict), "the docs read the facts as YAML"
-    assert path.parent.name in paper.categories, "the family is a category"
-    if path.parent.name == "shuffles":
-        assert "shuffle" in paper.categories, "what shuffles carries the category shuffle"
+    family = "shuffle" if path.parent.name == "shuffles" else path.parent.name
+    assert family in paper.categories, "the family is a category, in the singular what shuffles"
+    assert {"paper", "see", "need"} <= {fact.split(":")[0] for fact in facts}
+    assert paper.minutes == reading_minutes(cells_of(path)), "shuffle-nb refresh counts minutes"
+
+
+def test_a_category_holds_two_papers_or_is_a_family():
+    counted = Counter(category for paper in papers() for category in paper.categories)
+    families = {path.parent.name for path in PAPERS}
+    lonely = {name for name, count in counted.items() if count < 2} - families
+    assert not lonely and "shuffles" not in counted
+
+
+@each(PAPERS)
+def test_a_bare_colab_installs_what_the_notebook_needs(path):
+    first = sources(path, "code")[0]
+    assert first.startswith("#| hide\n") and "google.colab" in first
+    assert "shuffle_nb[notebooks]" in first
 
 
 @each(PAPERS)
