@@ -36,20 +36,6 @@ from shuffle_nb.foundations.arguments import (
     require_shape,
 )
 
-# %% ../../nbs/diffusion/05_reface.ipynb #a1a61464
-def _check_mask(m: Tensor, x: Tensor, name: str = "m") -> None:
-    """Raise ValueError unless `m` is a mask (batch, 1, height, width) in [0, 1] for `x`."""
-    require_shape("batch", "channels", "height", "width", x=x)
-    require_shape(x.shape[0], 1, *x.shape[2:], **{name: m})
-    _check_floating(**{name: m})
-    require_probability(**{name: m})
-
-
-def _check_floating(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
-
 # %% ../../nbs/diffusion/05_reface.ipynb #a8499da8
 def inpaint_input(
     z_t: Float[Tensor, "batch latent h w"],  # noisy latent
@@ -65,6 +51,20 @@ def inpaint_input(
     return torch.cat([z_t, x_masked, m.to(z_t.dtype)], dim=1)
 
 # %% ../../nbs/diffusion/05_reface.ipynb #fe06b25f
+def _check_mask(m: Tensor, x: Tensor, name: str = "m") -> None:
+    """Raise ValueError unless `m` is a mask (batch, 1, height, width) in [0, 1] for `x`."""
+    require_shape("batch", "channels", "height", "width", x=x)
+    require_shape(x.shape[0], 1, *x.shape[2:], **{name: m})
+    _check_floating(**{name: m})
+    require_probability(**{name: m})
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
+
+
 def extend_input_layer(
     layer: nn.Conv2d | nn.Linear,  # first layer of a trained network
     extra: int,  # channels to add behind the present ones
@@ -551,7 +551,7 @@ def _guided(model: Callable, guidance: float, n: int) -> Callable:
 
     return predict_noise
 
-# %% ../../nbs/diffusion/05_reface.ipynb #58f2e36e
+
 def id_retrieval(
     features: Float[Tensor, "queries dim"],  # of the swapped pictures
     gallery: Float[Tensor, "people dim"],
@@ -630,7 +630,7 @@ def released_table(
     a_t = alphas_cumprod[t]
     return t, a_t, torch.cat([a_t[1:], alphas_cumprod[:1]])
 
-# %% ../../nbs/diffusion/05_reface.ipynb #9e82f3b4
+
 class OneTokenMapper(nn.Module):
     """A pre-norm Transformer on one token and a final LayerNorm; attention is out(value(x))."""
 
@@ -665,7 +665,7 @@ class OneTokenMapper(nn.Module):
             x = x + think(x)
         return self.norm(x)
 
-# %% ../../nbs/diffusion/05_reface.ipynb #9d4ee27e
+
 OFFICIAL_NAMES = (  # of the released checkpoint -> ours
     (r"^proj_out_source\.", "source."),
     (r"^proj_out_target\.", "target."),

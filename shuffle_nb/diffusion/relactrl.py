@@ -179,7 +179,7 @@ def group_sizes(
         group = (group + 1) % groups
     return sizes
 
-# %% ../../nbs/diffusion/06_relactrl.ipynb #cell-021
+
 class TwoDimShuffleMixer(nn.Module):
     """Adaptive norm, channel and token shuffle, small attentions, way back, gated residual.
 
@@ -384,7 +384,7 @@ class ControlBlock(nn.Module):
         c = self.update(start, t_mod, *shuffle)
         return c, self.after_proj(c)
 
-# %% ../../nbs/diffusion/06_relactrl.ipynb #cell-027
+# %% ../../nbs/diffusion/06_relactrl.ipynb #cell-031
 class RelevanceControlBlock(ControlBlock):
     """The light block: zero projections around a two-dimensional shuffle mixer."""
 
@@ -419,7 +419,7 @@ class CopiedBlock(ControlBlock):
         """Run the copy; there is nothing to shuffle."""
         return self.block(c, t_mod)
 
-# %% ../../nbs/diffusion/06_relactrl.ipynb #cell-031
+
 class RelaCtrl(nn.Module):
     """A frozen diffusion Transformer with control blocks at chosen positions.
 
@@ -551,7 +551,7 @@ def _check_groups(groups: int | Sequence[int] | None, count: int) -> list[int]:
         raise ValueError(f"groups must be one number, or {count} of them, got {groups}")
     return groups
 
-# %% ../../nbs/diffusion/06_relactrl.ipynb #8d9c30b0
+
 PIXART_POSITIONS = (0, 2, 3, 4, 5, 6, 7, 8, 9, 18, 19)  # of the release: 28 blocks of width 1152
 PIXART_GROUPS = (6, 2, 6, 4, 2, 2, 4, 4, 6, 6, 6)
 OFFICIAL_NAMES = (  # of the released checkpoint -> ours

@@ -183,7 +183,7 @@ def group_norm(
         raise ValueError(f"channels must fill min(32, channels // 4) groups evenly, got {channels}")
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
-# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #2e5dfffc
+
 def zero_init(
     layer: nn.Conv2d,
 ) -> nn.Conv2d:  # the same layer
@@ -242,7 +242,7 @@ class Entry:
     out_channels: int
     skip: str | None = None  # the entry whose output is read besides that of the entry before
 
-# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #cell-031
+
 def unet_entries(
     ch: int = 16,  # channels, multiplied by `mult`
     mult: Sequence[int] = (1, 2),  # one factor a level, highest resolution first
@@ -555,7 +555,7 @@ def load_tiny_edm(
         model = EDMPrecond(TinyUNet(ch))
     return load_weights(model, f"tiny_edm_ch{ch}.safetensors", SHIPPED[ch])
 
-# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #cell-065
+
 def load_weights(
     model: nn.Module,  # built as the one whose weights were saved
     file: str | Path,  # a bare name is looked up beside this module: weights that are shipped
@@ -624,7 +624,7 @@ def learning_rate(
     cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
     return peak * min(1.0, (step + 1) / warmup) * cosine
 
-# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #021d84f6
+
 def train_tiny_edm(
     seed: int = 0,  # of weights, batches, noise
     ch: int = 16,  # channels of the network
@@ -715,7 +715,7 @@ def digit_classifier(
         fit(model, loss, batches, steps=steps, **options)
     return model.requires_grad_(False).eval()
 
-# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #cell-074
+
 def digit_features(
     x: Float[Tensor, "batch 1 8 8"],  # digits, scaled as digit_images() does
     seed: int = 0,  # of the classifier
@@ -950,7 +950,7 @@ class TinyDiT(nn.Module):
             x = block(x, t_mod)
         return self.head(x, temb)
 
-# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #3104316f
+
 BASE_FILE = "relactrl_base.safetensors"
 BASE_SHA256 = "ba06ee2592a60861de0788f7efbd81f472031a1a87f835bbd1b9d70f8f9994fd"
 
@@ -1002,7 +1002,7 @@ def save_weights(
         target.write(content)
     return hashlib.sha256(content).hexdigest()
 
-# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #4016ee62
+
 def make_weights(
     folder: str | Path,  # where to; files that exist are not overwritten
     seed: int = 0,
