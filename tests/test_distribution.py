@@ -98,7 +98,7 @@ def test_entry_points():
     points = importlib.metadata.distribution("shuffle_nb").entry_points
     assert {(p.group, p.value) for p in points} == {
         ("console_scripts", "shuffle_nb.__main__:main"),
-        ("nbdev", "shuffle_nb=shuffle_nb._modidx:d"),
+        ("nbdev", "shuffle_nb._modidx:d"),
     }
 
 
