@@ -39,7 +39,7 @@ def title_strip(
     raw = f"https://raw.githubusercontent.com/{account}/{branch}/nbs/{place}"
     colab = f"https://colab.research.google.com/github/{account}/blob/{branch}/nbs/{place}"
     links = [(f"https://arxiv.org/abs/{facts['arxiv']}", f"arXiv:{facts['arxiv']}")]
-    if facts.get("code"):
+    if str(facts.get("code", "")).startswith("http"):
         links.append((facts["code"], "the authors' code"))
     links += [
         (colab, "open in Colab"),

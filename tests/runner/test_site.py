@@ -59,6 +59,8 @@ def test_strip_leaves_out_what_is_not_known_and_escapes_the_rest():
     facts = {k: v for k, v in FACTS.items() if k not in ("code", "paper")}
     strip = title_strip(facts, "mobile/02_coordinate_attention.ipynb", "https://github.com/me/it")
     assert "the authors" not in strip and "A &lt; B" in strip
+    place, facts = "mobile/02_coordinate_attention.ipynb", FACTS | {"code": "none published"}
+    assert "none published" not in title_strip(facts, place, "https://github.com/me/it")
 
 
 def test_only_papers_get_a_strip_and_a_bibliography():
