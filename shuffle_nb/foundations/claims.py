@@ -336,7 +336,9 @@ def claims_table(
     headings = ("claim", "paper", "ours", "bound", "control", "verdict")
     rows = []
     for claim in claims:
-        paper = f"{claim.paper} ({claim.source})" if claim.source else claim.paper
+        paper = claim.paper
+        if claim.source:  # a cell that begins with "- " would be read as a list
+            paper = f"{paper} ({claim.source})".removeprefix("- ")
         control = claim.control
         broken = f"{control.name}: {_told(claim, control.values)}" if control else "-"
         rows.append((claim.text, paper, _ours(claim), _bound(claim), broken, claim.verdict))

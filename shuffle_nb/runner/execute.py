@@ -328,7 +328,8 @@ def execute(
         kernel_manager_class=own_kernel(),
         extra_arguments=[f"--IPKernelApp.exec_lines={KERNEL_START.format(beside)}"],
         shutdown_kernel="immediate",
-        iopub_timeout=60,  # for what a flood still has on its way when its cell is done
+        startup_timeout=300,  # machines stall
+        iopub_timeout=300,  # for what a flood still has on its way when its cell is done
         raise_on_iopub_timeout=False,
     )
 

@@ -460,6 +460,12 @@ def test_what_is_recorded_is_of_cases_that_exist():
             assert one == {name: float(f"{number:.2g}") for name, number in one.items()}
 
 
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_case_beside_a_module_is_recorded_and_agrees(slug):
+    found = agreement(slug)
+    assert found.agree == found.cases > 0, f"{found}; call make reference"
+
+
 @pytest.fixture
 def recorded_here(tmp_path, monkeypatch, request):
     """`agree`, and a record of its own."""
