@@ -276,15 +276,15 @@ def test_ids_are_looked_up_in_the_field_they_stand_in():
     ],
 )
 @pytest.mark.parametrize("model", [lambda cards: JointEmbedding(cards, 2), *MODELS])
-def test_bad_ids(model, x, message):
-    with pytest.raises((ValueError, TypeError), match=message if len(x) == 1 else "."):
+def test_bad_ids(plain_python, model, x, message):
+    with pytest.raises(ValueError, match=message):
         model((3, 2))(torch.tensor(x))
 
 
-def test_ids_are_not_read_while_a_graph_is_compiled():
+def test_ids_are_not_read_while_a_graph_is_compiled(plain_python):
     check_ids(torch.zeros(0, 2, dtype=torch.long), (3, 2))
     embed = JointEmbedding((3, 2), 4)
-    compiled = torch.compile(embed, backend="eager", fullgraph=True)
+    compiled = torch.compile(embed, fullgraph=True, backend="aot_eager")
     x = torch.tensor([[2, 1], [0, 0]])
     assert torch.equal(compiled(x), embed(x))
 
