@@ -11,6 +11,7 @@ from shuffle_nb.mobile.mobile_blocks import (
     initialise_by_fan_out,
     is_channels_last,
     plane_mean,
+    rename_by_order,
     require_maps,
     rounded_channels,
 )
@@ -84,3 +85,38 @@ def test_memory_order_is_told():
 def test_bad_maps(x, message):
     with pytest.raises(ValueError, match=message):
         require_maps(x, 3)
+
+
+def small_network(sd=None):
+    return nn.Sequential(*conv_norm(3, 4, 3), nn.Linear(4, 2))
+
+
+def test_weights_move_in_by_their_order():
+    wanted = small_network().state_dict()
+    theirs = {f"module.theirs.{i}.{name}": value for i, (name, value) in enumerate(wanted.items())}
+    for stored in (theirs, {"state_dict": theirs, "epoch": 3}):
+        network = small_network()
+        network.load_state_dict(rename_by_order(stored, small_network))
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, wanted[name])
+
+
+def test_counters_of_batches_may_be_missing():
+    wanted = small_network().state_dict()
+    theirs = {k: v for k, v in wanted.items() if "num_batches" not in k}
+    network = small_network()
+    network.load_state_dict(rename_by_order(theirs, small_network))
+    assert torch.equal(network[0].weight, wanted["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.weight": torch.ones(4, 4, 3, 3)}, r"0\.weight.*\(4, 3, 3, 3\), got \(4, 4, 3, 3\)"),
+        ({"more": torch.ones(1)}, "must have 8 tensors, got 9"),
+        ({"epoch": 3}, "'epoch'.* must be a tensor, got int"),
+    ],
+)
+def test_other_weights_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        rename_by_order(small_network().state_dict() | change, small_network)
