@@ -1,8 +1,10 @@
 """What the click-through family shares: planted data, scores, rivals, one trainer, real sets."""
 
 import copy
+import sys
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import given
@@ -24,11 +26,13 @@ from shuffle_nb.click_through.data import (
     fit_ctr,
     fit_ctr_arms,
     gauc,
+    load_ctr,
     logloss,
     mlp,
     part_auc,
     planted_ctr,
     rela_impr,
+    table_ctr,
 )
 
 SMALL = {"n": 800, "cards": (6, 5, 4), "pairs": ((0, 1),), "triples": ((0, 1, 2),)}
@@ -435,3 +439,145 @@ def test_the_set_ups_rivals_stand_where_they_stood():
     arms = fit_ctr_arms({"lr": LogisticRegression, "mlp": PlainMLP}, [0], device="cpu")
     assert 0.56 < arms.scores("lr")[0] < 0.66 < 0.75 < arms.scores("mlp")[0] < arms.bayes[0]
     assert isinstance(arms.data[0], CTRData)
+
+
+# Real sets -----------------------------------------------------------------------------------
+
+ROWS = {"train": 60, "valid": 12, "test": 8}
+
+
+def write_csv(folder, make):
+    for name, count in ROWS.items():
+        make(count, name).to_csv(folder / f"{name}.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def frappe(tmp_path):
+    def rows(count, part):
+        columns = {"label": np.arange(count) % 3 == 0, "user": np.arange(count) % 5}
+        columns |= {"item": [f"app {i % 7}" for i in range(count)]}
+        if part == "test":
+            columns["user"] = np.arange(count) + 3
+        return pandas.DataFrame(columns).astype({"label": int})
+
+    return write_csv(tmp_path, rows)
+
+
+def test_a_public_set_is_read_from_a_folder_in_the_same_format(frappe):
+    data = load_ctr("frappe", folder=frappe)
+    train, valid, test = data.split(0.1, 0.1)
+    assert [len(part.x) for part in (train, valid, test)] == list(ROWS.values())
+    assert data.names == ("user", "item") and data.cards == (6, 8)
+    assert data.y.shape == (80, 1) and data.y.dtype == torch.float32
+    assert train.x.min() == 1  # 0 stands for what the training part never held
+    assert (test.x[:, 0] == 0).tolist() == [user > 4 for user in range(3, 11)]
+    assert torch.equal(train.x[:12], valid.x)
+    assert len(load_ctr("frappe", folder=frappe, max_rows=10).x) == 28
+    found = fit_ctr(LogisticRegression(data.cards), data, epochs=1, device="cpu")
+    assert 0 <= found["test_auc"] <= 1
+
+
+def test_rare_ids_share_one(frappe):
+    data = load_ctr("frappe", folder=frappe, min_count=9)
+    assert data.cards == (6, 5) and (data.x[:60, 1] == 0).sum() == 24  # 3 of 7 apps come 8 times
+
+
+@pytest.mark.parametrize("source", ["criteo", "criteo_x4"])
+def test_numbers_become_ids(source, tmp_path):
+    def rows(count, part):
+        numbers = np.where(np.arange(count) % 5, np.arange(count) * 10.0 - 1, np.nan)
+        columns = {"Label": np.arange(count) % 2, "I1": numbers, "C1": np.arange(count) % 2}
+        return pandas.DataFrame(columns)
+
+    data = load_ctr(source, folder=write_csv(tmp_path, rows), min_count=1)
+    ids, missing = data.x[:60, 0], torch.arange(60) % 5 == 0
+    assert data.names == ("I1", "C1") and ids[missing].unique().numel() == 1
+    assert not set(ids[missing].tolist()) & set(ids[~missing].tolist())
+    if source == "criteo_x4":  # 9 and 19 go to 4 and 8, 589 to 40
+        expected = [int(np.log(10 * i - 1) ** 2) for i in range(60) if i % 5]
+        groups = dict(zip(ids[~missing].tolist(), expected, strict=True))
+        assert [groups[i] for i in ids[~missing].tolist()] == expected
+
+
+def test_an_hour_becomes_three_fields_and_a_name_of_a_row_none(tmp_path):
+    def rows(count, part):
+        columns = {"id": np.arange(count), "click": np.arange(count) % 2}
+        return pandas.DataFrame(columns | {"hour": 14102100 + np.arange(count) % 24})
+
+    data = load_ctr("avazu_x4", folder=write_csv(tmp_path, rows))
+    assert data.names == ("hour", "weekday", "is_weekend") and data.cards == (25, 2, 2)
+
+
+def test_movielens_is_read_from_its_archive(tmp_path):
+    lines = [f"{1 + i % 3}::{10 + i % 4}::{1 + i % 5}::{1000 - i}" for i in range(50)]
+    (tmp_path / "ratings.dat").write_text("\n".join(lines), encoding="latin-1")
+    users = [f"{user}::{'MF'[user % 2]}::25::7::é{user}" for user in (1, 2, 3)]
+    (tmp_path / "users.dat").write_text("\n".join(users), encoding="latin-1")
+    data = load_ctr("movielens", folder=tmp_path)
+    assert data.names == ("user", "movie", "gender", "age", "occupation", "zip")
+    assert len(data.x) == 40 and data.parts == (32, 4, 4)  # a rating of 3 says nothing
+    assert data.y.mean() == 0.5 and data.y[0] == 1 and data.y[1] == 1  # the oldest rows: 5, 4
+
+
+def test_kuairand_has_three_tasks_and_what_each_user_did_before(tmp_path):
+    rng = np.random.default_rng(0)
+    log = pandas.DataFrame(rng.integers(0, 4, (200, 3)), columns=["user_id", "video_id", "tab"])
+    log["hourmin"], log["time_ms"] = rng.integers(0, 2400, 200), rng.permutation(200)
+    for name in ("is_click", "is_like", "long_view"):
+        log[name] = rng.integers(0, 2, 200)
+    log[:90].to_csv(tmp_path / "log_standard_1_pure.csv", index=False)
+    log[90:].to_csv(tmp_path / "log_standard_2_pure.csv", index=False)
+    data = load_ctr("kuairand", folder=tmp_path, seq_len=3)
+    assert data.names == ("user_id", "video_id", "tab", "hour") and data.y.shape == (200, 3)
+    log = log.sort_values("time_ms", ignore_index=True)
+    video = dict(zip(log.video_id, data.x[:, 1].tolist(), strict=True))
+    for row in range(200):
+        earlier = log[:row][log[:row].user_id == log.user_id[row]]
+        for task, name in enumerate(("is_click", "is_like", "long_view")):
+            expected = [video[v] + 1 for v in earlier[earlier[name] == 1].video_id[-3:]]
+            assert data.seq[row, task].tolist() == expected + [0] * (3 - len(expected))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda at: load_ctr("frape", folder=at), ValueError, "did you mean 'frappe'"),
+        (lambda at: load_ctr("movielens"), ValueError, "folder must be given: movielens"),
+        (lambda at: load_ctr("movielens", folder=at), RuntimeError, "must hold ratings.dat"),
+        (lambda at: load_ctr("kuairand", folder=at), RuntimeError, r"must hold log_standard_\*"),
+        (lambda at: load_ctr("frappe", folder=at), RuntimeError, "could not load the train split"),
+        (lambda at: load_ctr("frappe", folder=at, max_rows=0), ValueError, "max_rows must be"),
+        (lambda at: table_ctr("vine"), ValueError, "did you mean 'wine'"),
+        (lambda at: table_ctr(bins=1), ValueError, "bins must be in 2"),
+    ],
+)
+def test_sets_that_cannot_be_read(call, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        call(tmp_path)
+
+
+def test_a_folder_without_a_label_is_refused_by_its_columns(tmp_path):
+    write_csv(tmp_path, lambda count, part: pandas.DataFrame({"user": np.arange(count)}))
+    with pytest.raises(ValueError, match=r"column label or click .* got columns \['user'\]"):
+        load_ctr("frappe", folder=tmp_path)
+
+
+def test_without_the_library_its_command_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'shuffle_nb\[data\]'"):
+        load_ctr("criteo")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "fields"),
+    [("wine", 178, 13), ("breast_cancer", 569, 30), ("diabetes", 442, 10)],
+)
+def test_small_tables_need_no_download(name, rows, fields):
+    data = table_ctr(name, seed=1)
+    assert data.x.shape == data.values.shape == (rows, fields) and sum(data.parts) == rows
+    assert (data.x >= 0).all() and (data.x < 8).all() and set(data.cards) == {8}
+    assert data.values.min() > 0 and data.values.max() == 1
+    rates = [part.y.mean().item() for part in data.split()]
+    assert max(rates) - min(rates) < 0.04
+    assert not torch.equal(table_ctr(name, seed=2).y, data.y)
