@@ -56,72 +56,7 @@ def relu_estimate(x, w, G):
     return relu_features(x, G) @ relu_features(w, G).mT
 
 
-# ---------------------------------------------------------------- the exponential
-
-
-@pytest.mark.parametrize("M", [0.0, 0.005, 0.02])
-@pytest.mark.parametrize("phase", [1, 1j, (1 + 1j) / sqrt(2)])
-def test_exponential_is_unbiased_for_real_and_complex_arguments(M, phase):
-    g = normal(400_000, 4)
-    u, v = 0.8 * unit(4, seed=1) * phase, 0.7 * unit(4, seed=2) + 0j
-    products = gaussian_features(u, g, M=M) * gaussian_features(v, g, M=M)
-    error = products.mean() - torch.exp((u * v).sum())
-    assert error.abs() < 4 * products.std() / len(g) ** 0.5
-
-
-@SMALL
-@given(SEEDS, st.integers(1, 5), st.integers(1, 6), st.floats(0, 0.5))
-def test_gaussian_features_are_the_formula_entry_by_entry(seed, d, m, M):
-    z, g = normal(2, 3, d, seed=seed), normal(m, d, seed=seed + 1)
-    found = gaussian_features(z, g, M=M)
-    assert found.shape == (2, 3, m)
-    for index in range(m):
-        inner = sqrt(1 + 4 * M) * (z @ g[index]) - (z * z).sum(-1) / 2
-        expected = (1 + 4 * M) ** (d / 4) * torch.exp(inner - M * g[index] @ g[index])
-        assert torch.allclose(found[..., index], expected, rtol=1e-10)
-
-
-def test_complex_products_take_no_conjugate():
-    g = normal(7, 3)
-    z = normal(3) * 1j
-    assert torch.allclose(
-        gaussian_features(z, g), torch.exp(g @ z.imag * 1j + (z.imag @ z.imag) / 2)
-    )
-
-
 # ---------------------------------------------------------------- orthogonal draws
-
-
-@SMALL
-@given(SEEDS, st.integers(1, 40), st.integers(1, 9), st.sampled_from(["chi", "sqrt_d"]))
-def test_rows_of_a_block_are_orthogonal(seed, m, d, scaling):
-    rows = orthogonal_gaussian(m, d, scaling=scaling, generator=seeded(seed), dtype=torch.float64)
-    assert rows.shape == (m, d) and rows.dtype == torch.float64
-    for block in rows.split(d):
-        gram = F.normalize(block, dim=1) @ F.normalize(block, dim=1).T
-        assert torch.allclose(gram, torch.eye(len(block), dtype=torch.float64), atol=1e-10)
-    if scaling == "sqrt_d":
-        assert torch.allclose(rows.norm(dim=1), torch.full((m,), sqrt(d)).double())
-
-
-def test_lengths_are_those_of_gaussian_vectors():
-    squares = orthogonal_gaussian(30_000, 10, generator=seeded()).square().sum(1)
-    assert squares.mean() == pytest.approx(10, abs=4 * sqrt(20 / 30_000))
-    assert squares.var() == pytest.approx(20, rel=0.05)
-
-
-def check_moments(rows):  # (draws, rows, d)
-    """Compare the first four moments of every entry with those of N(0, 1)."""
-    for moment, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        allowed = 5 * sqrt(variance / len(rows))
-        assert (rows.pow(moment).mean(0) - expected).abs().max() < allowed
-
-
-def test_each_row_by_itself_is_standard_normal():
-    check_moments(orthogonal_gaussian(20_000, 5, generator=seeded()).reshape(-1, 5, 5))
-    generator = seeded(1)
-    parts = [orthogonal_gaussian(3, 5, generator=generator) for _ in range(1000)]
-    check_moments(torch.stack(parts))
 
 
 def relu_bias(draw, d: int = 64, m: int = 1024, trials: int = 60) -> float:
@@ -157,13 +92,6 @@ def test_orthogonal_draws_have_a_smaller_error(m):
         relus = torch.stack([relu_estimate(x, w, one.projection) - limit for one in layers])
         error[orthogonal] = np.array([rms(waves), rms(relus)])
     assert (error[True] < 0.9 * error[False]).all()
-
-
-def test_draws_repeat_with_a_generator_and_follow_dtype():
-    first, second = (orthogonal_gaussian(9, 4, generator=seeded(3)) for _ in range(2))
-    assert torch.equal(first, second)
-    half = orthogonal_gaussian(9, 4, generator=seeded(3), dtype=torch.bfloat16)
-    assert torch.equal(half, first.bfloat16())
 
 
 # ---------------------------------------------------------------- universal random features
@@ -685,12 +613,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            (lambda: orthogonal_gaussian(4, 3, scaling="none"), "'chi' or 'sqrt_d', got 'none'"),
-            (lambda: orthogonal_gaussian(0, 3), "m must be at least 1, got 0"),
-            (lambda: gaussian_features(X, X, M=-0.1), r"M must be >= 0, got -0\.1"),
-            (lambda: gaussian_features(X, torch.zeros(2, 4)), "z must have 4 as its last dim"),
             (lambda: UniversalRandomFeatures(3, 4, M=-1.0), "M must be >= 0"),
-            (lambda: UniversalRandomFeatures(3, 4, balance=0.0), "balance must be positive, got 0"),
+            (
+                lambda: UniversalRandomFeatures(3, 4, balance=0.0),
+                "balance must be positive and finite, got 0",
+            ),
             (lambda: UniversalRandomFeatures(3, 0), "num_features must be at least 1"),
             (lambda: UniversalRandomFeatures(0, 3), "dim must be at least 1"),
             (
@@ -698,11 +625,11 @@ class TestBadInput:
                 "'cos', 'sin', 'gauss', a Four.*'tanh'",
             ),
             (lambda: UniversalRandomFeatures(3, 4, []), "'cos', 'sin', 'gauss'"),
-            (lambda: UniversalRandomFeatures(4, 4).phi(X), "x must have 4 as its last dimension"),
-            (lambda: UniversalRandomFeatures(4, 4).psi(X), "w must have 4 as its last dimension"),
+            (lambda: UniversalRandomFeatures(4, 4).phi(X), r"x must be \(\.\.\., 4\), got shape"),
+            (lambda: UniversalRandomFeatures(4, 4).psi(X), r"w must be \(\.\.\., 4\), got shape"),
             (lambda: cos_variance(X, X, M=-1.0), "M must be >= 0"),
-            (lambda: relu_features(X, torch.zeros(5, 4)), "x must have 4 as its last dimension"),
-            (lambda: arccos1_kernel(X, torch.zeros(5, 4)), "x must have 4 as its last dimension"),
+            (lambda: relu_features(X, torch.zeros(5, 4)), r"x must be \(\.\.\., 4\), got shape"),
+            (lambda: arccos1_kernel(X, torch.zeros(5, 4)), r"x must be \(\.\.\., 4\), got shape"),
             (lambda: ReLUFeatures(3, 4).psi(X, torch.zeros(2)), "b must be None"),
             (lambda: SNNKLinear(3, 4, 0), "num_features must be at least 1, got 0"),
             (lambda: SNNKLinear(3, 4, 5, kind="tanh"), "kind must be one of .*got 'tanh'"),
@@ -712,9 +639,12 @@ class TestBadInput:
             ),
             (
                 lambda: SNNKLinear(3, 4, 5, weight=X),
-                r"weight must have shape \(4, 3\), got \(2, 3\)",
+                r"weight must be \(4, 3\), got shape \(2, 3\)",
             ),
-            (lambda: SNNKLinear(3, 4, 5, bias=torch.zeros(3)), r"bias must have shape \(4,\)"),
+            (
+                lambda: SNNKLinear(3, 4, 5, bias=torch.zeros(3)),
+                r"bias must be \(4\), got shape \(3,\)",
+            ),
             (
                 lambda: SNNKLinear(4, 4, 5)(X),
                 r"expected last dim in_features=4, got \(2, 3\)",
@@ -724,13 +654,13 @@ class TestBadInput:
             (lambda: FullyBundled([4], 3, 2, "tanh"), "kind must be one of"),
             (
                 lambda: FullyBundled([4], 3, 2).fit(X, X[:, :2], 0.0),
-                "ridge must be positive, got 0",
+                "ridge must be positive and finite, got 0",
             ),
             (
                 lambda: FullyBundled([4], 3, 2).fit(X, X),
-                r"Y must have shape \(2, 2\), got \(2, 3\)",
+                r"Y must be \(2, 2\), got shape \(2, 3\)",
             ),
-            (lambda: FullyBundled([4], 5, 2)(X), "x must have 5 as its last dimension"),
+            (lambda: FullyBundled([4], 5, 2)(X), r"x must be \(\.\.\., 5\), got shape"),
             (lambda: bundle_network([nn.Linear(3, 4)], [5]), "one more than dims_m, got 1, 1"),
             (
                 lambda: bundle_network([nn.Linear(3, 4), nn.Linear(5, 2)], [5]),

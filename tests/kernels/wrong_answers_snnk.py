@@ -18,11 +18,3 @@ def check_sinks__forgets_the_relu(x, G):
 
 def check_sinks__forgets_the_scale(x, G):
     return (x @ G.T).relu()
-
-
-def check_separate_draws__the_same_as_with_shared_draws(u, v):
-    return torch.exp(u @ v).item()
-
-
-def check_separate_draws__zero(u, v):
-    return 0.0

@@ -1,0 +1,150 @@
+"""Random features: the exponential of a product, draws that are orthogonal, draws of one's own."""
+
+from math import sqrt
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shuffle_nb.kernels.random_features import (
+    gaussian_features,
+    gaussian_rows,
+    orthogonal_gaussian,
+    own_generator,
+    settle,
+)
+
+SMALL = settings(deadline=None, max_examples=25)
+SEEDS = st.integers(0, 2**32)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(normal(*shape, seed=seed), dim=-1)
+
+
+# ---------------------------------------------------------------- the exponential
+
+
+@pytest.mark.parametrize("M", [0.0, 0.005, 0.02])
+@pytest.mark.parametrize("phase", [1, 1j, (1 + 1j) / sqrt(2)])
+def test_exponential_is_unbiased_for_real_and_complex_arguments(M, phase):
+    g = normal(400_000, 4)
+    u, v = 0.8 * unit(4, seed=1) * phase, 0.7 * unit(4, seed=2) + 0j
+    products = gaussian_features(u, g, M=M) * gaussian_features(v, g, M=M)
+    error = products.mean() - torch.exp((u * v).sum())
+    assert error.abs() < 4 * products.std() / len(g) ** 0.5
+
+
+@SMALL
+@given(SEEDS, st.integers(1, 5), st.integers(1, 6), st.floats(0, 0.5))
+def test_gaussian_features_are_the_formula_entry_by_entry(seed, d, m, M):
+    z, g = normal(2, 3, d, seed=seed), normal(m, d, seed=seed + 1)
+    found = gaussian_features(z, g, M=M)
+    assert found.shape == (2, 3, m)
+    for index in range(m):
+        inner = sqrt(1 + 4 * M) * (z @ g[index]) - (z * z).sum(-1) / 2
+        expected = (1 + 4 * M) ** (d / 4) * torch.exp(inner - M * g[index] @ g[index])
+        assert torch.allclose(found[..., index], expected, rtol=1e-10)
+
+
+def test_complex_products_take_no_conjugate():
+    g = normal(7, 3)
+    z = normal(3) * 1j
+    assert torch.allclose(
+        gaussian_features(z, g), torch.exp(g @ z.imag * 1j + (z.imag @ z.imag) / 2)
+    )
+
+
+# ---------------------------------------------------------------- orthogonal draws
+
+
+@SMALL
+@given(SEEDS, st.integers(1, 40), st.integers(1, 9), st.sampled_from(["chi", "sqrt_d"]))
+def test_rows_of_a_block_are_orthogonal(seed, m, d, scaling):
+    rows = orthogonal_gaussian(m, d, scaling=scaling, generator=seeded(seed), dtype=torch.float64)
+    assert rows.shape == (m, d) and rows.dtype == torch.float64
+    for block in rows.split(d):
+        gram = F.normalize(block, dim=1) @ F.normalize(block, dim=1).T
+        assert torch.allclose(gram, torch.eye(len(block), dtype=torch.float64), atol=1e-10)
+    if scaling == "sqrt_d":
+        assert torch.allclose(rows.norm(dim=1), torch.full((m,), sqrt(d)).double())
+
+
+def test_lengths_are_those_of_gaussian_vectors():
+    squares = orthogonal_gaussian(30_000, 10, generator=seeded()).square().sum(1)
+    assert squares.mean() == pytest.approx(10, abs=4 * sqrt(20 / 30_000))
+    assert squares.var() == pytest.approx(20, rel=0.05)
+
+
+def check_moments(rows):  # (draws, rows, d)
+    """Compare the first four moments of every entry with those of N(0, 1)."""
+    for moment, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        allowed = 5 * sqrt(variance / len(rows))
+        assert (rows.pow(moment).mean(0) - expected).abs().max() < allowed
+
+
+def test_each_row_by_itself_is_standard_normal():
+    check_moments(orthogonal_gaussian(20_000, 5, generator=seeded()).reshape(-1, 5, 5))
+    generator = seeded(1)
+    parts = [orthogonal_gaussian(3, 5, generator=generator) for _ in range(1000)]
+    check_moments(torch.stack(parts))
+
+
+def test_draws_repeat_with_a_generator_and_follow_dtype():
+    first, second = (orthogonal_gaussian(9, 4, generator=seeded(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    half = orthogonal_gaussian(9, 4, generator=seeded(3), dtype=torch.bfloat16)
+    assert torch.equal(half, first.bfloat16())
+
+
+def test_ones_own_draws_are_neither_the_weights_nor_the_stream():
+    torch.manual_seed(0)
+    weights = torch.randn(3, 4)
+    before = torch.get_rng_state()
+    draws = gaussian_rows(3, 4, False, own_generator(None))
+    assert not torch.equal(draws, weights)
+    assert torch.equal(torch.get_rng_state(), before)
+    given = seeded(5)
+    assert own_generator(given) is given
+    assert torch.equal(
+        gaussian_rows(3, 4, True, seeded(1)), orthogonal_gaussian(3, 4, generator=seeded(1))
+    )
+
+
+def test_a_module_without_a_generator_goes_where_the_context_asks_for():
+    for generator, expected in ((None, "meta"), (seeded(), "cpu")):
+        module = torch.nn.Linear(2, 2, device="cpu")
+        with torch.device("meta"):
+            settle(module, generator)
+        assert module.weight.device.type == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: orthogonal_gaussian(4, 3, scaling="none"), "scaling must be one of .*got 'none'"),
+        (lambda: orthogonal_gaussian(0, 3), "m must be at least 1, got 0"),
+        (lambda: orthogonal_gaussian(3, 0), "d must be at least 1, got 0"),
+        (
+            lambda: gaussian_features(normal(2, 3), normal(2, 3), M=-0.1),
+            r"M must be >= 0, got -0\.1",
+        ),
+        (
+            lambda: gaussian_features(normal(2, 3), normal(2, 4)),
+            r"z must be \(\.\.\., 4\), got shape",
+        ),
+    ],
+)
+def test_message_says_what_was_expected(call, message, plain_python):
+    with pytest.raises(ValueError, match=message):
+        call()
