@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FACE_IDS', 'MASK_TYPES', 'OFFICIAL_NAMES', 'inpaint_input', 'extend_input_layer', 'MaskFamily', 'make_reference',
            'mix_conditions', 'ConditionMixer', 'ddim_coefficients', 'ddim_chain', 'noise_loss', 'identity_loss',
-           'perceptual_loss', 'reface_loss', 'swap', 'id_retrieval', 'face_mask', 'tps_warp_mask', 'random_offsets',
-           'released_table', 'OneTokenMapper', 'load_reface_weights']
+           'perceptual_loss', 'reface_loss', 'swap', 'guided', 'id_retrieval', 'face_mask', 'tps_warp_mask',
+           'random_offsets', 'released_table', 'OneTokenMapper', 'load_reface_weights']
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-003
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import cache
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from shuffle_nb.diffusion.tiny_diffusion import (
-    TinyUNet,
-    ddim_step,
-    scaled_linear_schedule,
-    table_levels,
-    waves,
-)
+from .tiny_diffusion import ddim_step, table_levels
 from .tiny_diffusion import noise_loss as loss_of_noise
 from shuffle_nb.foundations.arguments import (
     drawing_device,
     require_at_least_one,
     require_between,
+    require_ids,
     require_probability,
     require_shape,
 )
@@ -45,38 +40,34 @@ def inpaint_input(
     """Stack noisy latent, masked picture and mask along the channels."""
     require_shape(*z_t.shape, x_masked=x_masked)
     require_shape(z_t.shape[0], 1, "height", "width", m=m)
-    _check_floating(m=m)
+    _check_floating("m", m)
     if m.shape[2:] != z_t.shape[2:]:
         m = F.adaptive_avg_pool2d(m, z_t.shape[2:])
     return torch.cat([z_t, x_masked, m.to(z_t.dtype)], dim=1)
 
 # %% ../../nbs/diffusion/05_reface.ipynb #fe06b25f
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
+
+
 def _check_mask(m: Tensor, x: Tensor, name: str = "m") -> None:
     """Raise ValueError unless `m` is a mask (batch, 1, height, width) in [0, 1] for `x`."""
     require_shape("batch", "channels", "height", "width", x=x)
     require_shape(x.shape[0], 1, *x.shape[2:], **{name: m})
-    _check_floating(**{name: m})
+    _check_floating(name, m)
     require_probability(**{name: m})
-
-
-def _check_floating(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
 
 
 def extend_input_layer(
     layer: nn.Conv2d | nn.Linear,  # first layer of a trained network
     extra: int,  # channels to add behind the present ones
 ) -> nn.Conv2d | nn.Linear:  # a new layer; `layer` is left alone
-    """Widen the input of a layer by `extra` channels whose weights are zero.
-
-    Raises ValueError for a negative `extra` and for grouped convolutions.
-    """
-    if extra < 0 or getattr(layer, "groups", 1) != 1:
+    """Widen the input of a layer by `extra` channels whose weights are zero."""
+    groups = getattr(layer, "groups", 1)
+    if extra < 0 or groups != 1:
         raise ValueError(
-            "extra must be at least 0 and the layer not grouped, "
-            f"got extra={extra} and groups={getattr(layer, 'groups', 1)}"
+            f"extra must be at least 0 and the layer not grouped, got {extra} and {groups} groups"
         )
     wide, weight = deepcopy(layer), layer.weight.detach()
     zeros = weight.new_zeros(len(weight), extra, *weight.shape[2:])
@@ -87,13 +78,7 @@ def extend_input_layer(
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-010
 class MaskFamily(nn.Module):
-    """Mask types that are shuffled over the pictures of a batch (section D; reconstructed).
-
-    Raises ValueError unless there is at least one mask in [0, 1] and one probability for each.
-    """
-
-    masks: Tensor
-    probs: Tensor
+    """Mask types that are shuffled over the pictures of a batch (section D; reconstructed)."""
 
     def __init__(
         self,
@@ -112,46 +97,25 @@ class MaskFamily(nn.Module):
         self.register_buffer("masks", masks)
         self.register_buffer("probs", (shares / shares.sum()).to(masks.device))
 
-    def draw(
+    def sample(
         self,
         n: int,  # pictures
         generator: torch.Generator | None = None,  # on any device
-    ) -> Int[Tensor, " n"]:
+    ) -> tuple[Float[Tensor, "n 1 height width"], Int[Tensor, " n"]]:  # masks, their types
         """Draw a mask type for each of `n` pictures, independently."""
         where = drawing_device(generator, self.probs.device)
-        drawn = torch.multinomial(self.probs.to(where), n, replacement=True, generator=generator)
-        return drawn.to(self.probs.device)
-
-    def sample(
-        self, n: int, generator: torch.Generator | None = None
-    ) -> tuple[Float[Tensor, "n 1 height width"], Int[Tensor, " n"]]:  # masks, their types
-        """Draw a mask for each of `n` pictures."""
-        index = self.draw(n, generator)
+        index = torch.multinomial(self.probs.to(where), n, replacement=True, generator=generator)
+        index = index.to(self.probs.device)
         return self.masks[index], index
 
-    def choose(
-        self,
-        masks: Float[Tensor, "n types 1 height width"],  # each picture's own masks, by type
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "n 1 height width"], Int[Tensor, " n"]]:
-        """Draw a type for each picture and take that one of its own masks."""
-        require_shape("n", len(self.probs), 1, "height", "width", masks=masks)
-        index = self.draw(len(masks), generator)
-        return masks[torch.arange(len(masks), device=masks.device), index], index
-
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-013
-def _uniform(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw from U(0, 1) where the generator lives, and bring it to `like`."""
+def _draw(
+    sampler: Callable, shape: Sequence[int], like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Call torch.rand or torch.randn where the generator lives, and bring the result to `like`."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     where = drawing_device(generator, like.device)
-    return torch.rand(shape, generator=generator, device=where, dtype=dtype).to(like.device)
-
-
-def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw from N(0, 1) where the generator lives, and bring it to `like`."""
-    where = drawing_device(generator, like.device)
-    drawn = torch.randn(like.shape, generator=generator, device=where, dtype=like.dtype)
-    return drawn.to(like.device)
+    return sampler(shape, generator=generator, device=where, dtype=dtype).to(like.device)
 
 
 def _turns(angle: Tensor, mirror: Tensor | None, degrees: float, aspect: float) -> Tensor:
@@ -163,48 +127,41 @@ def _turns(angle: Tensor, mirror: Tensor | None, degrees: float, aspect: float) 
     return torch.stack(rows, dim=-1).unflatten(-1, (2, 2))
 
 
-@cache
-def _bump_weights() -> tuple[tuple[float, ...], float]:
-    """Solve the thin-plate spline of nine points of which the middle one moves by 1.
-
-    Nine weights and the constant (the slopes are zero): they do not depend on the picture.
-    """
-    points = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)] * 2)
-    squares = (points[:, None] - points).square().sum(-1)
-    affine = torch.cat([torch.ones(9, 1, dtype=torch.float64), points], dim=1)
-    system = torch.zeros(12, 12, dtype=torch.float64)
-    system[:9, :9] = torch.xlogy(squares, squares)
-    system[:9, 9:], system[9:, :9] = affine, affine.T
-    values = torch.zeros(12, dtype=torch.float64)
-    values[4] = 1.0  # the point in the middle
-    solution = torch.linalg.solve(system, values).tolist()
-    return tuple(solution[:9]), solution[9]
-
-
 def _bump(height: int, width: int, like: Tensor) -> Tensor:
-    """Return the bump (height, width): 1 in the middle, 0 at corners and middles of edges."""
-    weights, constant = _bump_weights()
-    controls = torch.arange(-1, 2, device=like.device)
+    """Return the thin-plate spline that is 1 in the middle and 0 at the eight points around.
+
+    By symmetry corners share a weight, and so do the middles of the edges: two equations are left.
+    """
+    two, five = 8 * math.log(2), 10 * math.log(5)
+    cross = five - two
+    scale = 4.5 * two**2 - cross**2
+    corner, edge = (cross - 1.5 * two) / scale, (cross - 3 * two) / scale
+    middle = -4 * (corner + edge)
+    place = dict(device=like.device, dtype=like.dtype)
     rows, columns = (
-        (torch.linspace(-1, 1, size, device=like.device, dtype=like.dtype)[:, None] - controls)
+        torch.linspace(-1, 1, size, **place)[:, None] - torch.arange(-1, 2, **place)
         for size in (height, width)
     )
-    squares = rows.square()[:, None, :, None] + columns.square()[None, :, None, :]
-    table = torch.tensor(weights, dtype=like.dtype).to(like.device)
-    return torch.xlogy(squares, squares).flatten(2) @ table + constant
+    squares = rows.square()[:, None, :, None] + columns.square()[:, None]
+    weights = [[corner, edge, corner], [edge, middle, edge], [corner, edge, corner]]
+    terms = torch.xlogy(squares, squares) * like.new_tensor(weights)
+    return terms.sum((2, 3)) + (1 - two * corner)
 
 
 def _bent_grid(turn: Tensor, offset: Tensor | None, height: int, width: int) -> Tensor:
-    """Return the places R (p - bump(p) o), (batch, height, width, 2), to read pixels from."""
+    """Return the places R (p - bump(p) o), (batch, height, width, 2), to read pixels from.
+
+    Without matrix products, which autocast would round: half precision misses the pixel.
+    """
     rows, columns = (
         torch.linspace(-1, 1, size, device=turn.device, dtype=turn.dtype)
         for size in (height, width)
     )
-    along, down = turn[:, None, None, :, 0], turn[:, None, None, :, 1]
+    along, down = turn[:, None, None].unbind(-1)
     grid = along * columns[:, None] + down * rows[:, None, None]
     if offset is None:
         return grid
-    moved = (turn @ offset[..., None].to(turn.dtype))[:, None, None, :, 0]
+    moved = (turn * offset[:, None].to(turn.dtype)).sum(-1)[:, None, None]
     return torch.addcmul(grid, _bump(height, width, turn)[..., None], moved, value=-1)
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-014
@@ -228,7 +185,7 @@ def make_reference(
     if not augment:
         return cut
     n, height, width = len(cut), *cut.shape[2:]
-    u = _uniform((6, n), cut, generator)
+    u = _draw(torch.rand, (6, n), cut, generator)
     if p_blur:
         blurred = F.avg_pool2d(cut, 5, stride=1, padding=2)
         cut = torch.where((u[2] < p_blur)[:, None, None, None], blurred, cut)
@@ -247,28 +204,20 @@ def mix_conditions(
     if len({feature.shape for feature in features}) > 1:
         raise ValueError(f"features must have one shape, got {[tuple(f.shape) for f in features]}")
     total = float(sum(weights))
-    terms = [(f, w / total) for f, w in zip(features, weights, strict=True) if w]
-    mixed = terms[0][0] * terms[0][1]
-    for feature, weight in terms[1:]:
-        mixed = torch.add(mixed, feature, alpha=weight)
-    return mixed
+    terms = [f * (w / total) for f, w in zip(features, weights, strict=True) if w]
+    return sum(terms[1:], terms[0])
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-032
 def _check_weights(weights: Sequence[float], count: int) -> None:
     if len(weights) != count:
         raise ValueError(f"weights must be {count} numbers, one a feature, got {len(weights)}")
     if not all(0 <= w < float("inf") for w in weights) or not sum(weights) > 0:
-        raise ValueError(
-            "weights must be finite, not negative and not sum to zero, "
-            f"got {[float(w) for w in weights]}"
-        )
+        told = [float(w) for w in weights]
+        raise ValueError(f"weights must be finite, not negative and not sum to zero, got {told}")
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-036
 class ConditionMixer(nn.Module):
-    """Heads for source, target, identity and landmarks, their weighted mean, and `null`.
-
-    Raises ValueError for weights that are negative or sum to zero, and p_drop outside [0, 1].
-    """
+    """Heads for source, target, identity and landmarks, their weighted mean, and `null`."""
 
     def __init__(
         self,
@@ -283,8 +232,7 @@ class ConditionMixer(nn.Module):
     ):
         super().__init__()
         _check_weights(weights, 3)
-        if not 0 <= p_drop <= 1:
-            raise ValueError(f"p_drop must be in [0, 1], got {p_drop}")
+        require_probability(p_drop=p_drop)
         self.weights, self.p_drop = tuple(weights), p_drop
         self.mapper = nn.Identity() if mapper is None else mapper
         self.source, self.target = nn.Linear(d_clip, dim), nn.Linear(d_clip, dim)
@@ -312,7 +260,7 @@ class ConditionMixer(nn.Module):
         """In training, replace each condition by `null` with probability p_drop."""
         if not self.training or not self.p_drop:
             return cond
-        dropped = _uniform((len(cond), 1), cond, generator) < self.p_drop
+        dropped = _draw(torch.rand, (len(cond), 1), cond, generator) < self.p_drop
         return torch.where(dropped, self.null.to(cond.dtype), cond)
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-037
@@ -324,8 +272,7 @@ def ddim_coefficients(
     """Return the table (t, abar at t, abar at the next time) of a DDIM chain; its last entry is 1.
 
     The times are round(linspace(t_start, -1, S + 1)) without the last. Compute it once: the check
-    of `alphas_cumprod` reads it. Raises ValueError for a schedule that does not decrease, and for
-    steps or times that do not exist.
+    of `alphas_cumprod` reads it.
     """
     require_shape("times", alphas_cumprod=alphas_cumprod)
     if not torch.compiler.is_compiling():
@@ -340,12 +287,6 @@ def ddim_coefficients(
     a_t = alphas_cumprod[t]
     return t, a_t, torch.cat([a_t[1:], a_t.new_ones(1)])
 
-# %% ../../nbs/diffusion/05_reface.ipynb #cell-042
-def _chain_step(model, z, extra, cond, t, a_t, a_prev) -> tuple[Tensor, Tensor]:
-    """Ask the network for the noise and make one step."""
-    eps = model(torch.cat([z, extra], dim=1), t.expand(len(z)), cond)
-    return ddim_step(z, eps, a_t, a_prev)
-
 
 def _table_of(model: Callable, steps: int, table: tuple | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the table that is given, or the one of the model's schedule from its last time."""
@@ -356,6 +297,12 @@ def _table_of(model: Callable, steps: int, table: tuple | None) -> tuple[Tensor,
         raise ValueError(f"table must have a row for each of {steps} steps, got {len(table[0])}")
     return table
 
+# %% ../../nbs/diffusion/05_reface.ipynb #cell-042
+def _chain_step(model, z, extra, cond, t, a_t, a_prev) -> tuple[Tensor, Tensor]:
+    """Ask the network for the noise and make one step."""
+    eps = model(torch.cat([z, extra], dim=1), t.expand(len(z)), cond)
+    return ddim_step(z, eps, a_t, a_prev)
+
 
 def ddim_chain(
     model: Callable,  # model(z9, t, c) -> noise; has alphas_cumprod unless a table is given
@@ -363,28 +310,17 @@ def ddim_chain(
     extra: Float[Tensor, "batch channels h w"],  # cat[E(x * m), m]: the same at every step
     cond: Float[Tensor, "batch dim"] | None,  # c
     steps: int,  # S
-    return_all: bool = True,  # all estimates, or the last
-    grad_last: int | None = None,  # steps that gradients flow through; None: all
+    return_all: bool = True,  # all estimates, or the last, which is the sample
     *,
     checkpoint: bool = False,  # recompute activations in the backward pass
     table: tuple[Tensor, Tensor, Tensor] | None = None,  # ddim_coefficients, computed before
 ) -> Float[Tensor, "estimates batch latent h w"] | Float[Tensor, "batch latent h w"]:
-    """Run S DDIM steps from t = T-1 and return the S estimates of z0, differentiably (section C).
-
-    The last estimate is the sample itself. Raises ValueError for steps, grad_last or a table that
-    do not fit.
-    """
-    t, a_t, a_prev = _table_of(model, steps, table)
-    require_between(1, steps, grad_last=grad_last)
-    blind, grad = 0 if grad_last is None else steps - grad_last, torch.is_grad_enabled()
+    """Run S DDIM steps from t = T-1 and return the S estimates of z0, differentiably."""
+    again = checkpoint and torch.is_grad_enabled()
+    step = partial(recompute, _chain_step, use_reentrant=False) if again else _chain_step
     estimates = []
-    for k in range(steps):
-        inputs = (model, z, extra, cond, t[k], a_t[k], a_prev[k])
-        with torch.set_grad_enabled(grad and k >= blind):
-            if checkpoint and grad and k >= blind:
-                z, estimate = recompute(_chain_step, *inputs, use_reentrant=False)
-            else:
-                z, estimate = _chain_step(*inputs)
+    for t, a_t, a_prev in zip(*_table_of(model, steps, table), strict=True):
+        z, estimate = step(model, z, extra, cond, t, a_t, a_prev)
         estimates.append(estimate)
     return torch.stack(estimates) if return_all else z
 
@@ -398,14 +334,10 @@ def noise_loss(
 ) -> Float[Tensor, ""]:
     """Return the mean squared error of the predicted noise at a random time for each sample."""
     times = len(model.alphas_cumprod)
-    t = (_uniform((len(z0),), z0, generator) * times).long().clamp(max=times - 1)
-    return loss_of_noise(
-        lambda noisy, t: model(torch.cat([noisy, extra], dim=1), t, cond),
-        z0,
-        t=t,
-        levels=table_levels(model.alphas_cumprod.to(z0.dtype)),
-        generator=generator,
-    )
+    t = (_draw(torch.rand, z0.shape[:1], z0, generator) * times).long().clamp(max=times - 1)
+    options = dict(t=t, levels=table_levels(model.alphas_cumprod.to(z0.dtype)), generator=generator)
+    predict = lambda noisy, t: model(torch.cat([noisy, extra], dim=1), t, cond)  # noqa: E731
+    return loss_of_noise(predict, z0, **options)
 
 
 def identity_loss(
@@ -429,17 +361,18 @@ def perceptual_loss(
     perc_fn: Callable | None = None,  # distance of two batches, such as LPIPS; None: squared error
 ) -> Float[Tensor, ""]:
     """Average the distance to the target over all estimates and over sizes 1, 1/2 and 1/4."""
-    perc_fn = F.mse_loss if perc_fn is None else perc_fn
-    ours, wanted = estimates.flatten(0, 1), x
-    terms = []
-    for size in range(3):
-        if size and min(x.shape[2:]) < 2**size:
-            break  # nothing would be left of so small a picture
-        if size:
-            ours, wanted = F.avg_pool2d(ours, 2), F.avg_pool2d(wanted, 2)
-        repeated = wanted.expand(len(estimates), *wanted.shape).flatten(0, 1)
-        terms.append(perc_fn(ours, repeated).mean())
+    distance = F.mse_loss if perc_fn is None else perc_fn
+    ours, wanted = estimates.flatten(0, 1), x.expand_as(estimates).flatten(0, 1)
+    terms = [distance(ours, wanted).mean()]
+    while len(terms) < 3 and min(ours.shape[2:]) >= 2:
+        ours, wanted = F.avg_pool2d(ours, 2), F.avg_pool2d(wanted, 2)
+        terms.append(distance(ours, wanted).mean())
     return torch.stack(terms).mean()
+
+
+def _coders(model: Callable) -> tuple[Callable, Callable]:
+    """Return E and D of a model that works on latents; of one that works on pixels, nothing."""
+    return tuple(getattr(model, name, lambda x: x) for name in ("encode", "decode"))
 
 
 def reface_loss(
@@ -457,27 +390,22 @@ def reface_loss(
     generator: torch.Generator | None = None,
     sub: int | None = None,  # run the chain on this many samples; None: all
     swap_refs: bool = True,  # hand out the references in reverse order
-    grad_last: int | None = None,  # see ddim_chain
-    checkpoint: bool = False,
-    table: tuple[Tensor, Tensor, Tensor] | None = None,
-    encode: Callable | None = None,  # E; None: work on pixels
-    decode: Callable | None = None,  # D
+    **chain,  # checkpoint and table of ddim_chain
 ) -> dict[str, Float[Tensor, ""]]:  # total, eps, id, perc
     """Return the training loss of REFace and its three terms (sections A and C of the method).
 
     If the model has `drop_condition(c, generator)`, it is applied to the condition of the noise
-    term. With both weights 0 the chain is not run. Raises ValueError for masks that do not fit,
-    steps that do not exist, and swapped references of fewer than two samples.
+    term; with `encode(x)` and `decode(z)` it works on latents. With both weights 0 the chain is
+    not run.
     """
     _check_mask(m, x)
     sub = len(x) if sub is None else min(sub, len(x))
     if swap_refs and sub < 2:
         raise ValueError(f"swapped references need at least two samples, got {sub}")
     require_between(1, len(model.alphas_cumprod), steps=steps)
-    if (encode is None) != (decode is None):
-        raise ValueError("encode and decode must be given together")
+    encode, decode = _coders(model)
     with torch.no_grad():  # the encoder is frozen
-        z0, x_masked = (x, x * m) if encode is None else (encode(x), encode(x * m))
+        z0, x_masked = encode(x), encode(x * m)
         extra = inpaint_input(z0, x_masked, m)[:, z0.shape[1] :]
     drop = getattr(model, "drop_condition", lambda cond, generator: cond)
     eps = noise_loss(model, z0, extra, drop(cond_fn(ref, x), generator), generator)
@@ -488,13 +416,10 @@ def reface_loss(
     x, m, ref, extra, z0 = (tensor[:sub] for tensor in (x, m, ref, extra, z0))
     other = ref.flip(0) if swap_refs else ref
     last = model.alphas_cumprod[-1].to(z0.dtype)
-    noisy = last.sqrt() * z0 + (1 - last).sqrt() * _normal(z0, generator)
-    estimates = ddim_chain(
-        model, noisy, extra, cond_fn(other, x), steps,
-        grad_last=grad_last, checkpoint=checkpoint, table=table,
-    )  # fmt: skip
-    if decode is not None:
-        estimates = decode(estimates.flatten(0, 1)).unflatten(0, (steps, sub))
+    noise = _draw(torch.randn, z0.shape, z0, generator).to(z0.dtype)
+    noisy = last.sqrt() * z0 + (1 - last).sqrt() * noise
+    estimates = ddim_chain(model, noisy, extra, cond_fn(other, x), steps, **chain)
+    estimates = decode(estimates.flatten(0, 1)).unflatten(0, (steps, sub))
     with torch.no_grad():
         identity = id_net(other)
     id_term = identity_loss(id_net, estimates, m, identity)
@@ -517,36 +442,35 @@ def swap(
     *,
     source_mask: Float[Tensor, "batch 1 height width"] | None = None,  # None: the target's
     table: tuple[Tensor, Tensor, Tensor] | None = None,  # another time grid, see released_table
-    encode: Callable | None = None,
-    decode: Callable | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
     """Fill the masked part of each target with the identity of its source (section E).
 
-    Evaluates the denoiser `steps` times a sample, twice that with guidance. Raises ValueError for
-    shapes and masks that do not fit.
+    Evaluates the denoiser `steps` times a sample, twice that with guidance. A model with `encode`
+    and `decode` works on latents.
     """
     require_shape(*target.shape, source=source)
     _check_mask(mask, target, "mask")
     ref_mask = mask if source_mask is None else source_mask
     _check_mask(ref_mask, source, "source_mask")
-    table = _table_of(model, steps, table)
+    table, (encode, decode) = _table_of(model, steps, table), _coders(model)
     cond = model.condition(make_reference(source, ref_mask, augment=False), target)
-    x_masked = target * mask if encode is None else encode(target * mask)
-    noise = _normal(x_masked, generator)
+    x_masked = encode(target * mask)
+    noise = _draw(torch.randn, x_masked.shape, x_masked, generator).to(x_masked.dtype)
     extra = inpaint_input(noise, x_masked, mask)[:, noise.shape[1] :]
-    predict_noise = model if guidance == 1 else _guided(model, guidance, len(cond))
-    pictures = ddim_chain(predict_noise, noise, extra, cond, steps, False, table=table)
-    pictures = pictures if decode is None else decode(pictures)
+    predict_noise = model if guidance == 1 else guided(model, guidance)
+    pictures = decode(ddim_chain(predict_noise, noise, extra, cond, steps, False, table=table))
     return mask * target + (1 - mask) * pictures if paste else pictures
 
 
-def _guided(model: Callable, guidance: float, n: int) -> Callable:
-    """Wrap a model: both halves of classifier-free guidance run as one batch."""
-    null = model.null_condition(n)
+def guided(
+    model: Callable,  # with null_condition(n)
+    guidance: float,  # 1 = none
+) -> Callable:  # to be called like the model
+    """Guide a model without a classifier: both halves run as one batch."""
 
     def predict_noise(z9: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        both = model(torch.cat([z9, z9]), torch.cat([t, t]), torch.cat([cond, null]))
-        with_cond, without = both.chunk(2)
+        conditions = torch.cat([cond, model.null_condition(len(cond))])
+        with_cond, without = model(z9.repeat(2, 1, 1, 1), t.repeat(2), conditions).chunk(2)
         return torch.lerp(without, with_cond, guidance)
 
     return predict_noise
@@ -558,23 +482,13 @@ def id_retrieval(
     truth: Int[Tensor, " queries"],  # row of the gallery that each query should find
     k: int = 1,
 ) -> float:  # share in [0, 1]
-    """Return the share of queries whose true row is among the k nearest by cosine.
-
-    Raises ValueError for shapes that do not fit, rows that do not exist, k out of range.
-    """
-    if features.ndim != 2 or gallery.ndim != 2 or features.shape[1] != gallery.shape[1]:
-        raise ValueError(
-            "features and gallery must be matrices of one width, got "
-            f"{tuple(features.shape)} and {tuple(gallery.shape)}"
-        )
-    if truth.shape != features.shape[:1] or not len(truth):
-        raise ValueError(f"truth must have shape {(len(features),)}, got {tuple(truth.shape)}")
-    if not 0 <= int(truth.min()) <= int(truth.max()) < len(gallery):
-        raise ValueError(
-            f"truth must be in 0..{len(gallery) - 1}, got {int(truth.min())}..{int(truth.max())}"
-        )
-    if not 1 <= k <= len(gallery):
-        raise ValueError(f"k must be in 1..{len(gallery)}, got {k}")
+    """Return the share of queries whose true row is among the k nearest by cosine."""
+    require_shape("queries", "dim", features=features)
+    require_shape("people", features.shape[1], gallery=gallery)
+    require_shape(len(features), truth=truth)
+    require_at_least_one(queries=len(truth))
+    require_ids(len(gallery), truth=truth)
+    require_between(1, len(gallery), k=k)
     scores = F.normalize(features, dim=1) @ F.normalize(gallery, dim=1).T
     return (scores.topk(k, dim=1).indices == truth[:, None]).any(1).float().mean().item()
 
@@ -615,7 +529,7 @@ def random_offsets(
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "batch 2"]:
     """Draw offsets for `tps_warp_mask`: (U - 1/2) s with s ~ U(1/2, 1), one s a mask."""
-    u = _uniform((len(m), 3), m, generator)
+    u = _draw(torch.rand, (len(m), 3), m, generator)
     return (u[:, :2] - 0.5) * (0.5 + 0.5 * u[:, 2:])
 
 
@@ -631,8 +545,8 @@ def released_table(
     return t, a_t, torch.cat([a_t[1:], alphas_cumprod[:1]])
 
 
-class OneTokenMapper(nn.Module):
-    """A pre-norm Transformer on one token and a final LayerNorm; attention is out(value(x))."""
+class OneTokenMapper(nn.TransformerEncoder):
+    """The release's Transformer, which runs on one token: pre-norm layers and a final LayerNorm."""
 
     def __init__(
         self,
@@ -640,45 +554,28 @@ class OneTokenMapper(nn.Module):
         depth: int = 5,  # layers
         expansion: int = 4,  # hidden channels of the MLPs = expansion * dim
     ):
-        super().__init__()
-        if dim < 1 or depth < 0 or expansion < 1:
-            raise ValueError(
-                f"dim and expansion must be at least 1 and depth at least 0, "
-                f"got {dim}, {expansion} and {depth}"
-            )
-        hidden = expansion * dim
-        self.attend = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim))
-            for _ in range(depth)
-        )
-        self.think = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
-            )
-            for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(dim)
+        require_at_least_one(dim=dim, depth=depth, expansion=expansion)
+        options = dict(activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(dim, 1, expansion * dim, dropout=0.0, **options)
+        super().__init__(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
 
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        for attend, think in zip(self.attend, self.think, strict=True):
-            x = x + attend(x)
-            x = x + think(x)
-        return self.norm(x)
+    def forward(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        return super().forward(x[:, None])[:, 0]
 
 
-OFFICIAL_NAMES = (  # of the released checkpoint -> ours
-    (r"^proj_out_source\.", "source."),
-    (r"^proj_out_target\.", "target."),
-    (r"^ID_proj_out\.", "identity."),
-    (r"^landmark_proj_out\.", "landmarks."),
-    (r"^learnable_vector$", "null"),
-    (r"^cond_stage_model\.final_ln2\.", "mapper.norm."),
-    (r"^cond_stage_model\.mapper2\.resblocks\.(\d+)\.ln_1\.", r"mapper.attend.\1.0."),
-    (r"^cond_stage_model\.mapper2\.resblocks\.(\d+)\.attn\.c_qkv\.", r"mapper.attend.\1.1."),
-    (r"^cond_stage_model\.mapper2\.resblocks\.(\d+)\.attn\.c_proj\.", r"mapper.attend.\1.2."),
-    (r"^cond_stage_model\.mapper2\.resblocks\.(\d+)\.ln_2\.", r"mapper.think.\1.0."),
-    (r"^cond_stage_model\.mapper2\.resblocks\.(\d+)\.mlp\.c_fc\.", r"mapper.think.\1.1."),
-    (r"^cond_stage_model\.mapper2\.resblocks\.(\d+)\.mlp\.c_proj\.", r"mapper.think.\1.3."),
+OFFICIAL_NAMES = (  # parts of names of the released checkpoint -> ours
+    ("proj_out_source.", "source."),
+    ("proj_out_target.", "target."),
+    ("ID_proj_out.", "identity."),
+    ("landmark_proj_out.", "landmarks."),
+    ("learnable_vector", "null"),
+    ("cond_stage_model.final_ln2.", "mapper.norm."),
+    ("cond_stage_model.mapper2.resblocks.", "mapper.layers."),
+    (".ln_", ".norm"),
+    (".attn.c_qkv.", ".self_attn.in_proj_"),
+    (".attn.c_proj.", ".self_attn.out_proj."),
+    (".mlp.c_fc.", ".linear1."),
+    (".mlp.c_proj.", ".linear2."),
 )
 
 
@@ -692,16 +589,11 @@ def load_reface_weights(
     the encoder) are left: they come from their own releases.
     """
     state, ours, found = state.get("state_dict", state), mixer.state_dict(), {}
-    for theirs, value in state.items():
-        for pattern, mine in OFFICIAL_NAMES:
-            name, hits = re.subn(pattern, mine, theirs)
-            if not hits:
-                continue
-            if name == "null":
-                value = value.flatten()
-            elif ".attn.c_qkv." in theirs:  # one token: queries and keys change nothing
-                value = value.chunk(3)[2]
-            found[name] = value
+    for name, value in state.items():
+        if name.startswith(tuple(theirs for theirs, _ in OFFICIAL_NAMES)):
+            for theirs, mine in OFFICIAL_NAMES:
+                name = name.replace(theirs, mine)
+            found[name] = value.flatten() if name == "null" else value
     if lost := ours.keys() - found:
         raise ValueError(f"state lacks {len(lost)} weights of the condition, such as {min(lost)}")
     if excess := found.keys() - ours:

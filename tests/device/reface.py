@@ -1,10 +1,10 @@
-"""REFace's differentiable chain on an accelerator, against the loop without its options."""
+"""REFace on an accelerator: its differentiable chain, against the bare loop, and bent masks."""
 
 import torch
 from device_check import Core
 from torch import nn
 
-from shuffle_nb.diffusion.reface import ddim_chain, ddim_coefficients
+from shuffle_nb.diffusion.reface import ddim_chain, ddim_coefficients, tps_warp_mask
 from shuffle_nb.diffusion.tiny_diffusion import ddim_step, scaled_linear_schedule
 
 
@@ -51,5 +51,10 @@ CORES = [
         plain=plain,
         backward=True,
         tolerance=1e-2,  # the first step divides by the root of abar = 0.005
-    )
+    ),
+    Core(
+        "REFace masks, 64 of 256 x 256, bent",
+        build=lambda: tps_warp_mask,
+        inputs=lambda: (torch.rand(64, 1, 256, 256), torch.rand(64, 2) - 0.5),
+    ),
 ]

@@ -20,11 +20,3 @@ def check_options__changes_nothing():
 
 def check_options__switches_the_loss_on():
     return {"w_id": 0.3, "w_perc": 0.1}
-
-
-def check_passes__a_pass_is_computed_once(steps, grad_last, checkpoint):
-    return (1 if checkpoint else grad_last or steps), steps
-
-
-def check_passes__all_steps_are_held(steps, grad_last, checkpoint):
-    return steps, 2 * steps if checkpoint else steps
