@@ -255,10 +255,9 @@ def test_top_k_one_is_greedy():
 def test_chunks_with_a_warm_cache_equal_the_full_pass(chunks):
     transformer = small_model().double().transformer
     x = torch.randn(2, 6, 16, dtype=torch.float64)
-    cache, start, parts = transformer.new_cache(2), 0, []
-    for chunk in x.split(chunks, dim=1):
-        parts.append(transformer(chunk, cache, start))
-        start += chunk.shape[1]
+    caches = transformer.new_caches()
+    with torch.no_grad():
+        parts = [transformer(chunk, caches) for chunk in x.split(chunks, dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), transformer(x), atol=1e-12)
 
 
@@ -376,47 +375,48 @@ class TestBadInput:
         [
             (
                 lambda: token_shuffle(torch.zeros(1, 15, 2), (3, 5), 2),
-                "divisible by window 2.*3 x 5",
+                "height of grid must be divisible by window 2, got 3",
             ),
-            (lambda: token_shuffle(torch.zeros(1, 15, 2), (4, 4), 2), r"expected 4\*4 tokens"),
+            (lambda: token_shuffle(torch.zeros(1, 15, 2), (4, 4), 2), r"\(batch, 16, channels\)"),
             (lambda: token_shuffle(torch.zeros(16, 2), (4, 4), 2), r"got shape \(16, 2\)"),
             (lambda: token_shuffle(torch.zeros(1, 16, 2), (4, 4), 0), "window must be at least 1"),
-            (lambda: token_unshuffle(torch.zeros(1, 4, 6), (4, 4), 2), "divisible by 4"),
-            (lambda: token_unshuffle(torch.zeros(1, 5, 8), (4, 4), 2), r"expected 2\*2 windows"),
-            (lambda: TokenShuffle(10, 2), r"dim 10 must be divisible by window\*\*2"),
-            (lambda: TokenUnshuffle(10, 2), r"dim 10 must be divisible by window\*\*2"),
+            (
+                lambda: token_unshuffle(torch.zeros(1, 4, 6), (4, 4), 2),
+                r"divisible by window\*\*2 4",
+            ),
+            (lambda: token_unshuffle(torch.zeros(1, 5, 8), (4, 4), 2), r"\(batch, 4, fused\)"),
+            (lambda: TokenShuffle(10, 2), r"dim must be divisible by window\*\*2 4, got 10"),
+            (lambda: TokenUnshuffle(10, 2), r"dim must be divisible by window\*\*2 4, got 10"),
             (lambda: TokenShuffle(8, 0), "window must be at least 1"),
-            (lambda: TokenShuffle(8)(torch.zeros(1, 16, 4), (4, 4)), "must have 8 channels"),
-            (lambda: TokenUnshuffle(8)(torch.zeros(1, 4, 4), (4, 4)), "must have 8 channels"),
-            (lambda: TokenUnshuffle(8)(torch.zeros(1, 3, 8), (4, 4)), r"expected 2\*2 windows"),
+            (lambda: TokenShuffle(8)(torch.zeros(1, 16, 4), (4, 4)), r", 8\), got shape"),
+            (lambda: TokenUnshuffle(8)(torch.zeros(1, 4, 4), (4, 4)), r", 8\), got shape"),
+            (lambda: TokenUnshuffle(8)(torch.zeros(1, 3, 8), (4, 4)), r"\(batch, 4, fused\)"),
             (lambda: MLPBlock(0), "dim"),
-            (lambda: small_model(mode="max"), "'shuffle' or 'mean'"),
+            (lambda: small_model(mode="max"), "mode must be one of .*'shuffle', 'mean'"),
             (lambda: small_model(grid=(3, 6)), "divisible by window 2"),
+            (lambda: small_model(grid=(4, 7)), "width of grid"),
+            (lambda: small_model(depth=0), "depth must be at least 1"),
             (lambda: small_model(dim=18), r"divisible by window\*\*2"),
             (lambda: small_model(num_heads=3), "divisible by num_heads 3"),
             (lambda: small_model(num_heads=0), "num_heads must be at least 1"),
             (
                 lambda: small_model()(torch.zeros(2, 24, dtype=torch.long), torch.tensor([0])),
-                r"cond must have one row a picture \(2\), got 1",
+                r"cond must be \(2\), got shape \(1,\)",
             ),
             (
                 lambda: small_model(text_vocab_size=3)(
                     torch.zeros(2, 24, dtype=torch.long), prefix=torch.zeros(1, 2, dtype=torch.long)
                 ),
-                r"prefix must have one row a picture \(2\), got 1",
-            ),
-            (
-                lambda: small_model().transformer(torch.zeros(1, 2, 16), start=5),
-                "cache must hold the 5 positions",
+                r"prefix must be \(2, text\), got shape \(1, 2\)",
             ),
             (
                 lambda: small_model().transformer(torch.zeros(1, 7, 16)),
-                r"at most 6, got 0 \+ 7",
+                r"positions of x must be in 1..6, got 7",
             ),
-            (lambda: small_model()(torch.zeros(1, 23, dtype=torch.long)), r"expected 4\*6 tokens"),
+            (lambda: small_model()(torch.zeros(1, 23, dtype=torch.long)), r"\(batch, 24\)"),
             (
                 lambda: small_model()(torch.full((1, 24), 11)),
-                r"tokens must be in 0..10, got 11..11",
+                r"tokens must be in 0..10, got 11 to 11",
             ),
             (lambda: small_model()(torch.full((1, 24), -1)), "tokens must be in 0..10"),
             (
@@ -448,9 +448,9 @@ class TestBadInput:
                 lambda: small_model(text_vocab_size=3, max_prefix=1)(
                     torch.zeros(1, 24, dtype=torch.long), prefix=torch.zeros(1, 2, dtype=torch.long)
                 ),
-                "at most 1",
+                "length of prefix must be in 0..1, got 2",
             ),
-            (lambda: cfg_schedule("cosine", 4, 2.0), "'constant', 'linear' or 'half-linear'"),
+            (lambda: cfg_schedule("cosine", 4, 2.0), "kind must be one of .*'half-linear'"),
             (lambda: cfg_schedule("linear", 0, 2.0), "num_steps must be at least 1"),
         ],
     )
@@ -531,7 +531,7 @@ def whole_model(case):
     attention = model.transformer.attentions[0]
     with torch.no_grad():
         model.embedding.weight.copy_(t["embedding"])
-        model.start.weight.copy_(t["start"])
+        model.beginning.classes.weight.copy_(t["start"])
         model.transformer.positions.copy_(t["positions"])
         for part in ("weight", "bias"):
             stacked = torch.cat([t[f"{name}.{part}"] for name in "qkv"])

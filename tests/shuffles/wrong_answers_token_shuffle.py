@@ -3,24 +3,23 @@
 import torch
 
 
-def check_pixel_order__leaves_the_order(channels, window):
-    return torch.arange(window**2 * channels)
+def check_fold__takes_four_neighbours_of_the_raster(y, grid, window):
+    return y.reshape(len(y), -1, window**2 * y.shape[2])
 
 
-def check_pixel_order__takes_the_way_back(channels, window):
-    return torch.arange(window**2 * channels).reshape(channels, window**2).T.flatten()
+def check_fold__puts_the_channel_before_the_place(y, grid, window):
+    maps = y.mT.reshape(len(y), -1, *grid)
+    return torch.nn.functional.pixel_unshuffle(maps, window).flatten(2).mT
 
 
-def check_pixel_order__names_a_channel_twice(channels, window):
-    return torch.zeros(window**2 * channels, dtype=torch.long)
+def check_fold__splits_height_and_width_the_wrong_way_round(y, grid, window):
+    split = y.reshape(len(y), window, grid[0] // window, window, grid[1] // window, -1)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(len(y), -1, window**2 * y.shape[2])
 
 
-def check_uncompressed__believes_that_nothing_changes(num_tokens, dim, window):
-    return 1.0
-
-
-def check_uncompressed__forgets_the_shorter_sequence(num_tokens, dim, window):
-    return float(window**4)
+def check_fold__averages(y, grid, window):
+    rows, columns = grid[0] // window, grid[1] // window
+    return y.reshape(len(y), rows, window, columns, window, -1).float().mean((2, 4)).flatten(1, 2)
 
 
 def _entropies(windows):
