@@ -528,7 +528,7 @@ def test_pool_wants_four_dimensions(plain_python):
     [
         (dict(reduction=0), "reduction must be at least 1, got 0"),
         (dict(min_channels=0), "min_channels must be at least 1, got 0"),
-        (dict(mode="x"), "mode must be 'hw', 'h' or 'w', got 'x'"),
+        (dict(mode="x"), r"mode must be one of \['hw', 'h', 'w'\], got 'x'"),
         (dict(activation="gelu"), "activation must be one of .*hard_swish.*got 'gelu'"),
     ],
 )
@@ -551,7 +551,7 @@ def test_wrong_numbers_elsewhere(plain_python):
         InvertedResidualCA(8, 8, 1, 0)
     with pytest.raises(ValueError, match=r"attention must be one of .* got 'eca'"):
         MobileNetV2CA(attention="eca")
-    with pytest.raises(ValueError, match="width must be above 0, got 0"):
+    with pytest.raises(ValueError, match="width must be positive and finite, got 0"):
         MobileNetV2CA(width=0)
     with pytest.raises(ValueError, match="reduction must be at least 1, got 0"):
         MobileNetV2CA(reduction=0)
