@@ -97,6 +97,8 @@ class CrossLayer(nn.Module):
 
 # %% ../../nbs/click_through/01_dcn_v2.ipynb #599d114d
 def _check_same(dim: int, x0: Tensor, x: Tensor) -> None:
+    if x0.shape == x.shape and x.ndim == 2 and x.shape[1] == dim:
+        return
     if x0.shape[-1] != x.shape[-1]:
         raise ValueError(
             f"dimension mismatch: x0 and x must be (batch, {dim}), got {x0.shape[-1]} and "
@@ -206,11 +208,11 @@ class CrossNetMix(nn.Module):
         """Cross. Raises ValueError for a wrong shape."""
         require_shape("batch", self.dim, x0=x0)
         L, K, d, r = self.U.shape
-        V = self.V.transpose(1, 2).reshape(L, d, K * r)
-        U = self.U.transpose(2, 3).reshape(L, K * r, d)
         x = x0
         for layer in range(L):
-            code = self.g(x @ V[layer]).unflatten(1, (K, r))
+            V = self.V[layer].transpose(0, 1).reshape(d, K * r)
+            U = self.U[layer].transpose(1, 2).reshape(K * r, d)
+            code = self.g(x @ V).view(-1, K, r)
             if self.C is not None:
                 code = self.g(torch.einsum("bkr,ksr->bks", code, self.C[layer]))
             bias = self.bias[layer] if self.gate == "softmax" else K * self.bias[layer]
@@ -219,7 +221,7 @@ class CrossNetMix(nn.Module):
                 code = code * gates[:, :, None]
                 if self.gate == "sigmoid":
                     bias = gates.sum(1, keepdim=True) * self.bias[layer]
-            x = torch.addcmul(x, x0, code.flatten(1) @ U[layer] + bias)
+            x = torch.addcmul(x, x0, code.flatten(1) @ U + bias)
         return x
 
     @torch.no_grad()
