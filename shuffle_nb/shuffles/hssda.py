@@ -7,7 +7,7 @@ __all__ = ['consistency_score', 'best_overlap', 'two_means', 'dual_threshold', '
            'random_quadrants', 'shuffle_bev_points', 'areas_of', 'move_areas', 'shuffle_bev_map', 'unshuffle_bev_map',
            'seam', 'ema_keep', 'ema_update', 'BEVDetector', 'Look', 'PseudoLabeller', 'HSSDATrainer']
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #cell-003
+# %% ../../nbs/shuffles/03_hssda.ipynb #e2e1460f
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from ..foundations.arguments import may_look
+from shuffle_nb.foundations.arguments import (
+    may_look,
+    require_ids,
+    require_probability,
+    require_shape,
+)
 from shuffle_nb.shuffles.point_clouds import (  # noqa: F401
     X_RANGE,
     Y_RANGE,
@@ -44,7 +49,7 @@ from shuffle_nb.shuffles.point_clouds import (  # noqa: F401
     unshuffle_bev_indices,
 )
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #cell-009
+# %% ../../nbs/shuffles/03_hssda.ipynb #e3ff622c
 def consistency_score(
     boxes: Float[Tensor, "*batch n 7"],  # found in the scene
     aug_boxes: Float[Tensor, "*batch m 7"],  # found in the transformed scene
@@ -61,7 +66,7 @@ def best_overlap(overlaps: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch
     """Return the largest overlap of each row, 0 if there is nothing to overlap with."""
     return overlaps.amax(-1) if overlaps.shape[-1] else overlaps.sum(-1)
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #cell-037
+# %% ../../nbs/shuffles/03_hssda.ipynb #ec2413e0
 def two_means(
     scores: Float[Tensor, "*pools n"],
     valid: Bool[Tensor, "*pools n"] | None = None,  # which scores count; None: all
@@ -85,13 +90,7 @@ def two_means(
     low, high = (below / k).gather(-1, best), (above / rest).gather(-1, best)
     return (high + mean).squeeze(-1), (low + mean).squeeze(-1)
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #cell-036
-def _check_scores(scores: Tensor) -> None:
-    if may_look(scores) and not ((scores >= 0) & (scores <= 1)).all():
-        low, high = scores.aminmax()
-        raise ValueError(f"scores must be in [0, 1], got {float(low):g} to {float(high):g}")
-
-# %% ../../nbs/shuffles/03_hssda.ipynb #57adcfff
+# %% ../../nbs/shuffles/03_hssda.ipynb #5b1d82d3
 def dual_threshold(
     scores: Float[Tensor, " n"],  # of boxes that match an annotation, in [0, 1]
     default: tuple[float, float] = (0.99, 0.99),  # for two scores or fewer
@@ -100,9 +99,8 @@ def dual_threshold(
 
     Raises ValueError for scores outside [0, 1].
     """
-    if scores.ndim != 1:
-        raise ValueError(f"scores must be (n,), got {tuple(scores.shape)}")
-    _check_scores(scores)
+    require_shape("n", scores=scores)
+    require_probability(scores=scores)
     if len(scores) <= 2:
         return default
     high, low = _truncate(torch.stack(two_means(scores))).tolist()
@@ -113,28 +111,20 @@ def _truncate(values: Tensor) -> Tensor:
     """Cut to two decimals; rounding to six first, so that 0.29 stored as 0.28999… stays 0.29."""
     return ((values.double() * 1e6).round() // 10_000) / 100
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #9e74cdad
+# %% ../../nbs/shuffles/03_hssda.ipynb #e91ee111
 def _check_thresholds(thresholds: Tensor) -> None:
-    if thresholds.ndim != 3 or thresholds.shape[1:] != (3, 2):
-        raise ValueError(
-            f"thresholds must be (classes, 3 scores, high and low), got {tuple(thresholds.shape)}"
-        )
+    require_shape("classes", 3, 2, thresholds=thresholds)
     if may_look(thresholds) and (thresholds[..., 0] < thresholds[..., 1]).any():
         raise ValueError(f"thresholds must have high >= low, got {thresholds.tolist()}")
 
 
 def _check_levels(scores: Tensor, labels: Tensor, thresholds: Tensor) -> None:
     _check_thresholds(thresholds)
-    if scores.shape[-1:] != (3,) or scores.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"scores must be (n, 3) with labels (n,), "
-            f"got {tuple(scores.shape)} and {tuple(labels.shape)}"
-        )
-    _check_scores(scores)
-    if may_look(labels) and not ((labels >= 0) & (labels < len(thresholds))).all():
-        raise ValueError(f"labels must be in 0..{len(thresholds) - 1}, got {labels.unique()}")
+    require_shape(*labels.shape, 3, scores=scores)
+    require_probability(scores=scores)
+    require_ids(len(thresholds), labels=labels)
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #784cdb36
+# %% ../../nbs/shuffles/03_hssda.ipynb #b9c29864
 def split_supervision(
     scores: Float[Tensor, "*batch n 3"],  # confidence, objectness, consistency
     labels: Int[Tensor, "*batch n"],  # class of each box
@@ -157,7 +147,7 @@ def split_supervision(
     soft = scores[..., 0] * scores[..., 1] * middle
     return torch.where(high, 2, middle.long()), torch.where(high, torch.ones_like(soft), soft)
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #bca91584
+# %% ../../nbs/shuffles/03_hssda.ipynb #c611494b
 def pseudo_targets(
     kept: Detections,  # boxes after suppression, with three scores
     candidates: Detections,  # before suppression
@@ -185,7 +175,7 @@ def _overlapping(boxes: Tensor, targets: Targets) -> Bool[Tensor, "batch n"]:
     overlaps = rotated_iou_bev(boxes, targets.boxes) > 0
     return (overlaps & (targets.weights > 0).unsqueeze(-2)).any(-1)
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #183394d4
+# %% ../../nbs/shuffles/03_hssda.ipynb #2eca3d1a
 def random_quadrants(
     batch: int | None = None,  # how many; None: one, of shape (4,)
     generator: torch.Generator | None = None,  # None: PyTorch's global one, on the CPU
@@ -235,7 +225,7 @@ def _table(perm: Tensor | Sequence, x_range, y_range, points: Tensor) -> Tensor:
     as_quadrants(perm)
     return torch.cat([_known_moves(tuple(row), *key) for row in rows], dim=1)
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #8249dcfd
+# %% ../../nbs/shuffles/03_hssda.ipynb #a286a6fb
 def shuffle_bev_points(
     points: Float[Tensor, "*batch n channels"],  # x, y, then anything (z, intensity, …)
     perm: Int[Tensor, "*scenes 4"] | Sequence[int],  # area i goes to area perm[i]
@@ -261,7 +251,7 @@ def shuffle_bev_points(
         return moved[inside]
     return moved.masked_fill_(~inside[..., None], torch.nan)
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #bd5d480d
+# %% ../../nbs/shuffles/03_hssda.ipynb #fc411ed5
 def _check_shuffle(points: Tensor, perm, x_range, y_range) -> tuple[Tensor, bool]:
     """Check the arguments of a shuffle; return the moves, and if each scene has its own."""
     if points.ndim < 2 or points.shape[-1] < 3:
@@ -275,7 +265,7 @@ def _check_shuffle(points: Tensor, perm, x_range, y_range) -> tuple[Tensor, bool
         )
     return _table(perm, x_range, y_range, points), many
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #ca834088
+# %% ../../nbs/shuffles/03_hssda.ipynb #b32fdbb4
 def areas_of(x: Tensor) -> list[Tensor]:
     """Views of the four areas of a map (…, rows, columns): equal strides, other corners."""
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
@@ -296,7 +286,7 @@ def move_areas(
         places[target].copy_(area)
     return moved
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #7334575f
+# %% ../../nbs/shuffles/03_hssda.ipynb #cf2a9e27
 def _gather_areas(x: Tensor, source: Tensor) -> Tensor:
     """Return maps whose area i is area source[i] of x, source (4,) or (batch, 4)."""
     _check_map(x, source)
@@ -333,7 +323,7 @@ def _check_map(x: Tensor, perm: Tensor) -> None:
     if perm.ndim == 2 and len(perm) != len(x):
         raise ValueError(f"perm must have one row a map, {len(x)}, got {len(perm)}")
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #b9f1221e
+# %% ../../nbs/shuffles/03_hssda.ipynb #7216e79f
 def shuffle_bev_map(
     x: Shaped[Tensor, "batch channels rows columns"],  # rows along y, columns along x
     perm: Int[Tensor, "*scenes 4"] | Sequence[int],  # (4,) for all maps, or (batch, 4)
@@ -358,7 +348,7 @@ def unshuffle_bev_map(
         return move_areas(x, sorted(range(4), key=order.__getitem__))
     return _gather_areas(x, as_quadrants(perm))
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #cell-063
+# %% ../../nbs/shuffles/03_hssda.ipynb #ca54ec98
 def seam(
     perm: Int[Tensor, " 4"] | Sequence[int],
     size: Sequence[int],  # (rows, columns)
@@ -377,7 +367,7 @@ def seam(
     seen = unshuffle_bev_map(windows(shuffle_bev_map(numbers, perm)), perm)
     return (seen != windows(numbers)).any(1)[0]
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #cell-064
+# %% ../../nbs/shuffles/03_hssda.ipynb #d3ee0987
 def ema_keep(
     step: int,  # semi-supervised steps made
     keep: float = 0.9996,  # share of the old teacher after the ramp
@@ -386,7 +376,7 @@ def ema_keep(
     """Return how much of itself the teacher keeps: from 0.5 linearly to `keep`."""
     return 0.5 + (keep - 0.5) * step / ramp if step < ramp else keep
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #8d5c1f37
+# %% ../../nbs/shuffles/03_hssda.ipynb #4caf0b22
 @torch.no_grad()
 def ema_update(
     teacher: nn.Module,  # changed in place, in its own precision
@@ -414,7 +404,7 @@ def ema_update(
         old, new = zip(*averaged.values(), strict=True)
         torch._foreach_lerp_(old, new, 1 - ema_keep(step, keep, ramp))
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #cell-066
+# %% ../../nbs/shuffles/03_hssda.ipynb #63a7dde3
 class BEVDetector(BoxDetector):
     """A detector whose backbone may see the scene with its quadrants shuffled."""
 
@@ -429,7 +419,7 @@ class BEVDetector(BoxDetector):
         features = self.features(shuffle_bev_points(points, perm, self.x_range, self.y_range))
         return self.head(self.neck(unshuffle_bev_map(features, perm)))
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #cell-068
+# %% ../../nbs/shuffles/03_hssda.ipynb #db84f79c
 class Look(NamedTuple):
     """What the teacher finds when it looks twice at a batch of scenes."""
 
@@ -491,7 +481,7 @@ def _pool_thresholds(
     enough = valid.sum(-1, keepdim=True) > 2
     return torch.where(enough, learnt, torch.full_like(learnt, default)).float()
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #cell-069
+# %% ../../nbs/shuffles/03_hssda.ipynb #88550954
 class PseudoLabeller:
     """The teacher's side: boxes with three scores, thresholds, mined and passing pseudo-boxes.
 
@@ -579,7 +569,7 @@ class PseudoLabeller:
         level, _ = split_supervision(scores, labels, self.thresholds, counts, self.min_points)
         return Targets(boxes, labels, ((level == 2) & (scores[..., 0] > 0)).to(boxes))
 
-# %% ../../nbs/shuffles/03_hssda.ipynb #8c8005c2
+# %% ../../nbs/shuffles/03_hssda.ipynb #37d2669e
 class HSSDATrainer(PseudoLabeller):
     """Semi-supervised training of a detector of boxes in point clouds.
 

@@ -857,5 +857,8 @@ def draw_points(axis, points: Tensor, world: World, colour: str | None = None) -
     axis.scatter(points[:, 0], points[:, 1], 9, marker="s", lw=0, **look)
     axis.axvline(sum(x_range) / 2, color="#999999", lw=1)
     axis.axhline(sum(y_range) / 2, color="#999999", lw=1)
-    axis.set(xlim=x_range, ylim=y_range, xticks=[], yticks=[], aspect="equal")
+    (x0, x1), (y0, y1) = x_range, y_range
+    rim = 0.12 * (x1 - x0)  # boxes may reach over the ground
+    axis.set(xlim=(x0 - rim, x1 + rim), ylim=(y0 - rim, y1 + rim), xticks=[], yticks=[])
+    axis.set(aspect="equal")
     axis.grid(False)

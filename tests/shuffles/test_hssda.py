@@ -878,14 +878,14 @@ class TestBadInput:
             (lambda: global_view(torch.zeros(2, 5, 2)), "points must be"),
             (lambda: dual_threshold(torch.tensor([0.1, 1.2, 0.3])), r"scores must be in \[0, 1\]"),
             (lambda: dual_threshold(torch.tensor([0.1, torch.nan, 0.3])), r"in \[0, 1\]"),
-            (lambda: dual_threshold(torch.rand(3, 2)), r"scores must be \(n,\)"),
+            (lambda: dual_threshold(torch.rand(3, 2)), r"scores must be \(n\), got shape"),
             (
                 lambda: split_supervision(torch.rand(2, 3) - 1, torch.zeros(2).long(), THRESHOLDS),
                 r"scores must be in \[0, 1\]",
             ),
             (
                 lambda: split_supervision(torch.rand(2, 2), torch.zeros(2).long(), THRESHOLDS),
-                r"scores must be \(n, 3\)",
+                r"scores must be \(2, 3\), got",
             ),
             (
                 lambda: split_supervision(torch.rand(2, 3), torch.ones(2).long(), THRESHOLDS),
@@ -899,7 +899,7 @@ class TestBadInput:
             ),
             (
                 lambda: split_supervision(torch.rand(2, 3), torch.zeros(2).long(), THRESHOLDS[0]),
-                r"thresholds must be \(classes, 3 scores",
+                r"thresholds must be \(classes, 3, 2\), got",
             ),
             (lambda: bev_areas(n=3), "n must be 2"),
             (lambda: bev_areas((1, 1)), "ranges must be"),
