@@ -100,10 +100,7 @@ def _check_same(dim: int, x0: Tensor, x: Tensor) -> None:
     if x0.shape == x.shape and x.ndim == 2 and x.shape[1] == dim:
         return
     if x0.shape[-1] != x.shape[-1]:
-        raise ValueError(
-            f"dimension mismatch: x0 and x must be (batch, {dim}), got {x0.shape[-1]} and "
-            f"{x.shape[-1]} in the last dimension"
-        )
+        raise ValueError(f"dimension mismatch of x0 and x, got {x0.shape[-1]} and {x.shape[-1]}")
     require_shape("batch", dim, x0=x0, x=x)
     if len(x0) != len(x):
         raise ValueError(f"x0 and x must have as many rows, got {len(x0)} and {len(x)}")
@@ -188,14 +185,14 @@ class CrossNetMix(nn.Module):
             require_one_of(ACTIVATIONS, activation=activation)
         self.dim, self.gate = dim, gate
         self.g = ACTIVATIONS.get(activation, activation) or _identity
-        size = (num_layers, num_experts)
-        self.U, self.V = (nn.Parameter(torch.empty(*size, dim, rank)) for _ in range(2))
-        self.C = None if activation is None else nn.Parameter(torch.empty(*size, rank, rank))
+        K, r = num_experts, rank
+        # FuxiCTR takes the fans of the whole (K, d, r) stack, so its weights begin smaller.
+        fans = {"xavier": (dim + r, 2 * r), "fuxictr": ((dim + K) * r, (r + K) * r)}[init]
+        self.U, self.V = (_normal(fans[0], num_layers, K, dim, r) for _ in range(2))
+        self.C = None if activation is None else _normal(fans[1], num_layers, K, r, r)
         self.bias = nn.Parameter(torch.zeros(num_layers, dim))
-        gate_layers = (num_layers,) if gate_per_layer else (1,)
-        shape = (*gate_layers, num_experts, dim)
-        self.G = None if gate == "constant" else nn.Parameter(torch.empty(shape))
-        self._reset(init)
+        gates = num_layers if gate_per_layer else 1
+        self.G = None if gate == "constant" else _normal(dim + 1, gates, K, dim)
 
     def gates(self, x: Float[Tensor, "batch dim"], layer: int) -> Float[Tensor, "batch experts"]:
         """Return the weight of each expert for each row."""
@@ -224,19 +221,12 @@ class CrossNetMix(nn.Module):
             x = torch.addcmul(x, x0, code.flatten(1) @ U + bias)
         return x
 
-    @torch.no_grad()
-    def _reset(self, init: str) -> None:
-        _, K, d, r = self.U.shape
-        # FuxiCTR takes the fans of the whole (K, d, r) stack: d r inside and K r outside.
-        fans = d + r if init == "xavier" else (d + K) * r
-        for weight in (self.U, self.V):
-            nn.init.normal_(weight, std=(2 / fans) ** 0.5)
-        if self.C is not None:
-            nn.init.normal_(self.C, std=r**-0.5 if init == "xavier" else (2 / ((r + K) * r)) ** 0.5)
-        if self.G is not None:
-            nn.init.normal_(self.G, std=(2 / (d + 1)) ** 0.5)
-
 # %% ../../nbs/click_through/01_dcn_v2.ipynb #7806d701
+def _normal(fans: int, *shape: int) -> nn.Parameter:
+    """Xavier's spread for a given number of inputs and outputs."""
+    return nn.Parameter(torch.randn(shape) * (2 / fans) ** 0.5)
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 
@@ -245,7 +235,12 @@ ACTIVATIONS = {"tanh": torch.tanh, "identity": _identity}
 
 # %% ../../nbs/click_through/01_dcn_v2.ipynb #e5a3aa74
 CROSSES = ("full", "low_rank", "mix", "v1")
-STRUCTURES = ("parallel", "stacked", "crossnet_only", "stacked_parallel")
+STRUCTURES = {  # what the MLPs read; the logit reads them, and the crosses where they are last
+    "parallel": ("x0",),
+    "stacked": ("crossed",),
+    "crossnet_only": (),
+    "stacked_parallel": ("crossed", "x0"),
+}
 
 
 class DCNv2(nn.Module):
@@ -273,21 +268,17 @@ class DCNv2(nn.Module):
         require_between(0, 10**6, num_dense=num_dense)
         if structure != "crossnet_only" and not hidden:
             raise ValueError(f"hidden must hold a layer or more for {structure!r}, got none")
-        self.num_dense, self.structure = num_dense, structure
+        self.num_dense, self.reads = num_dense, STRUCTURES[structure]
+        self.crosses_are_last = "crossed" not in self.reads
         self.embed = JointEmbedding(cards, embedding_dim, embedding_std)
         d = len(cards) * embedding_dim + num_dense
         rank = max(1, d // 4) if rank is None else rank
-        if cross == "mix":
-            self.cross = CrossNetMix(d, num_cross_layers, num_experts, rank, **options)
-        elif cross == "v1":
-            self.cross = CrossNetV1(d, num_cross_layers, **options)
-        else:
-            options |= {"rank": rank if cross == "low_rank" else None}
-            self.cross = CrossNetV2(d, num_cross_layers, **options)
-        towers = {"parallel": 1, "stacked": 1, "crossnet_only": 0, "stacked_parallel": 2}
-        towers = [mlp([d, *hidden], last_activation=True) for _ in range(towers[structure])]
+        own = {"mix": {"rank": rank, "num_experts": num_experts}, "low_rank": {"rank": rank}}
+        net = {"mix": CrossNetMix, "v1": CrossNetV1}.get(cross, CrossNetV2)
+        self.cross = net(d, num_cross_layers, **own.get(cross, {}), **options)
+        towers = [mlp([d, *hidden], last_activation=True) for _ in self.reads]
         self.deep = nn.ModuleList(towers)
-        width = sum(hidden[-1] for _ in towers) + d * (structure in ("parallel", "crossnet_only"))
+        width = len(towers) * (hidden[-1] if towers else 0) + d * self.crosses_are_last
         self.head = nn.Linear(width, 1, bias=out_bias)
         nn.init.xavier_normal_(self.head.weight)
         if out_bias:
@@ -300,18 +291,18 @@ class DCNv2(nn.Module):
     ) -> Float[Tensor, " batch"]:
         """Return one logit a row. Raises ValueError for ids out of range and a wrong shape."""
         x0 = self.embed(x).flatten(1)
-        if self.num_dense:
-            if dense is None:
-                raise ValueError(f"dense must be (batch, {self.num_dense}), got None")
+        if (dense is None) != (self.num_dense == 0):
+            wanted = f"(batch, {self.num_dense})" if self.num_dense else "None"
+            raise ValueError(
+                f"dense must be {wanted}, got {'None' if dense is None else 'numbers'}"
+            )
+        if dense is not None:
             require_shape(len(x), self.num_dense, dense=dense)
             x0 = torch.cat([x0, dense], dim=1)
-        elif dense is not None:
-            raise ValueError("dense must be None: the model was built with num_dense=0")
-        crossed = self.cross(x0)
-        parts = [crossed] if self.structure in ("parallel", "crossnet_only") else []
-        inputs = {"parallel": [x0], "stacked": [crossed], "stacked_parallel": [crossed, x0]}
-        inputs = inputs.get(self.structure, [])
-        parts += [tower(part) for tower, part in zip(self.deep, inputs, strict=True)]
+        sources = {"x0": x0, "crossed": self.cross(x0)}
+        parts = [tower(sources[name]) for tower, name in zip(self.deep, self.reads, strict=True)]
+        if self.crosses_are_last:
+            parts = [sources["crossed"], *parts]
         return self.head(torch.cat(parts, dim=1)).squeeze(1)
 
 # %% ../../nbs/click_through/01_dcn_v2.ipynb #a9454154
@@ -355,18 +346,16 @@ def poly_targets(
     d = sizes[name] if d is None else d
     require_at_least_one(k=k)
     require_between(sizes[name] if name in TARGETS else 3, 10**6, d=d)
-    if name in TARGETS:
-        places, weights = map(np.array, TARGETS[name])
-    else:
-        rng = np.random.default_rng(seed)
-        if name == "f3":
-            places = rng.integers(0, d, (k, 2))
-        else:
-            places = np.stack([rng.choice(d, 3, replace=False) for _ in range(k)])
-        weights = rng.standard_normal(k)
+    rng = np.random.default_rng(seed)
+    if name == "f3":
+        places = rng.integers(0, d, (k, 2))
+    elif name == "cubic":
+        places = np.stack([rng.choice(d, 3, replace=False) for _ in range(k)])
+    places, weights = TARGETS.get(name) or (places, rng.standard_normal(k))
+    places, weights = torch.as_tensor(places), torch.as_tensor(weights)
 
     def target(x: Float[Tensor, "batch d"]) -> Float[Tensor, " batch"]:
         require_shape("batch", d, x=x)
-        return x[:, torch.from_numpy(places)].prod(-1) @ torch.from_numpy(weights).to(x)
+        return x[:, places.to(x.device)].prod(-1) @ weights.to(x)
 
     return target
