@@ -10,19 +10,19 @@ __all__ = ['Rows', 'FeatureGates', 'GatedEmbedding', 'GatedFM', 'GatedDeepFM', '
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .data import auc, check_ids
+from .data import auc, check_ids, mlp
 from shuffle_nb.foundations.arguments import (
     require_at_least_one,
     require_between,
     require_ids,
     require_positive,
+    require_shape,
 )
 from ..foundations.training import predict
 
@@ -133,11 +133,9 @@ class GatedDeepFM(GatedFM):
         linear: bool = False,
     ):
         super().__init__(cards, embedding_dim, (), init_logit, linear)
-        require_at_least_one(**{f"hidden[{i}]": width for i, width in enumerate(hidden)})
-        sizes, layers = [len(cards) * embedding_dim, *hidden], []
-        for fan_in, fan_out in pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+        self.mlp = mlp([len(cards) * embedding_dim, *hidden, 1])
+        for layer in self.mlp[::2]:
+            layer.reset_parameters()  # PyTorch's own first weights, as the authors have them
 
     def head(self, e: Float[Tensor, "batch fields dim"]) -> Float[Tensor, " batch"]:
         """Turn gated rows into logits."""
@@ -161,10 +159,7 @@ def search_step(
     return bce.detach()
 
 # %% ../../nbs/click_through/04_optfs.ipynb #08e2c33b
-def temperature_schedule(
-    final: float,  # τ of the last epoch
-    epochs: int,  # T
-) -> list[float]:  # one temperature an epoch
+def temperature_schedule(final: float, epochs: int) -> list[float]:
     """Return 1, r, r², …, final. Raises ValueError for final < 1 and epochs < 2."""
     if not 1 <= final < math.inf:
         raise ValueError(f"final_temperature must be 1 or more and finite, got {final:g}")
@@ -183,8 +178,7 @@ class Batches:
         seed: int = 0,
     ):
         require_at_least_one(batch=batch, rows=len(x))
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"y must be ({len(x)},), one click a row, got shape {tuple(y.shape)}")
+        require_shape(len(x), y=y)
         self.x, self.y, self.batch = x, y, batch
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -214,7 +208,7 @@ class OptFS:
         self.temperatures = temperature_schedule(final_temperature, search_epochs)
         require_between(0, search_epochs - 1, rewind_epoch=rewind_epoch)
         require_positive(lr=lr)
-        for name, value in (("lam", lam), ("weight_decay", weight_decay)):
+        for name, value in {"lam": lam, "weight_decay": weight_decay}.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be 0 or more and finite, got {value:g}")
         if not isinstance(getattr(model, "embedding", None), GatedEmbedding):
@@ -229,23 +223,24 @@ class OptFS:
     ) -> list[dict]:  # an epoch: epoch, temperature, loss, ratio, valid_auc, logits
         """Train weights and gates together while the gates get steeper."""
         gates, history = self.model.embedding, []
-        gates.hard = False
-        gates.logit.requires_grad_(True)
-        optimizer = self._adam(gates.logit)
-        for epoch, gates.temperature in enumerate(self.temperatures):
+        self._harden(False)
+        optimizer = self._adam()
+        for epoch, temperature in enumerate(self.temperatures):
+            gates.temperature = temperature
             if epoch == self.rewind_epoch:
                 self.snapshot = self._copy_weights()
-            loss = self._epoch(optimizer, batches, self.lam)
-            found = {"epoch": epoch, "temperature": gates.temperature, "loss": loss}
-            found |= {"ratio": gates.ratio(), "valid_auc": self._valid_auc(valid)}
-            history.append(found | {"logits": gates.logit.detach().clone()})
+            found = {"epoch": epoch, "temperature": temperature}
+            found["loss"] = self._epoch(optimizer, batches, self.lam)
+            found["valid_auc"] = None if valid is None else self._auc(valid)
+            found |= {"ratio": gates.ratio(), "logits": gates.logit.detach().clone()}
+            history.append(found)
         return history
 
     def rewind(self) -> None:
         """Harden and freeze the gates, and bring the weights of epoch R back."""
         if self.snapshot is None:
             raise RuntimeError("rewind needs the weights that search keeps: call search first")
-        self._harden()
+        self._harden(True)
         self.model.load_state_dict(self.snapshot, strict=False)
 
     def retrain(
@@ -259,11 +254,11 @@ class OptFS:
         require_at_least_one(max_epochs=max_epochs, patience=patience)
         if len(valid[1].unique()) < 2:
             raise ValueError("valid must hold clicks and no clicks, got one of them")
-        self._harden()
+        self._harden(True)
         optimizer, best, scores = self._adam(), 0, []
         for epoch in range(max_epochs):
             self._epoch(optimizer, batches, 0.0)
-            scores.append(self._valid_auc(valid))
+            scores.append(self._auc(valid))
             if scores[epoch] > scores[best] or epoch == 0:
                 best, weights = epoch, self._copy_weights()
             elif epoch - best >= patience:
@@ -271,30 +266,26 @@ class OptFS:
         self.model.load_state_dict(weights, strict=False)
         return scores
 
-    def fit(
-        self,
-        batches: Iterable[Rows],
-        valid: Rows,
-        max_epochs: int = 20,
-        patience: int = 1,
-    ) -> dict[str, list]:  # "search" and "retrain"
-        """Search, rewind, retrain."""
+    def fit(self, batches: Iterable[Rows], valid: Rows, **options: int) -> dict[str, list]:
+        """Search, rewind, retrain; `options` are those of `retrain`."""
         history = self.search(batches, valid)
         self.rewind()
-        return {"search": history, "retrain": self.retrain(batches, valid, max_epochs, patience)}
+        return {"search": history, "retrain": self.retrain(batches, valid, **options)}
 
-    def _adam(self, logit: nn.Parameter | None = None) -> torch.optim.Adam:
-        own = self.model.embedding.logit
-        weights = [p for p in self.model.parameters() if p is not own and p.requires_grad]
-        groups = [{"params": weights, "weight_decay": self.weight_decay}]
-        groups += [] if logit is None else [{"params": [logit]}]
+    def _harden(self, hard: bool) -> None:
+        self.model.embedding.hard = hard
+        self.model.embedding.logit.requires_grad_(not hard)
+
+    def _adam(self) -> torch.optim.Adam:
+        logit = self.model.embedding.logit
+        weights = [p for p in self.model.parameters() if p is not logit]
+        groups = [{"params": weights, "weight_decay": self.weight_decay}, {"params": [logit]}]
         return torch.optim.Adam(groups, lr=self.lr, fused=True)
 
     def _epoch(self, optimizer: torch.optim.Adam, batches: Iterable[Rows], lam: float) -> float:
         """Go through the batches once; return the mean cross-entropy."""
         self.model.train()
-        home = self.model.embedding.weight.device
-        losses = []
+        home, losses = self.model.embedding.weight.device, []
         for x, y in batches:
             losses.append(search_step(self.model, optimizer, x.to(home), y.to(home), lam))
         if not losses:
@@ -304,18 +295,12 @@ class OptFS:
             raise FloatingPointError(f"the loss is {loss}; try a smaller lr (now {self.lr:g})")
         return loss
 
-    def _valid_auc(self, valid: Rows | None) -> float | None:
-        if valid is None:
-            return None
-        return auc(valid[1], predict(self.model, valid[0], batch_size=8192))
+    def _auc(self, rows: Rows) -> float:
+        return auc(rows[1], predict(self.model, rows[0], batch_size=8192))
 
     def _copy_weights(self) -> dict[str, Tensor]:
         state = self.model.state_dict()
         return {name: w.clone() for name, w in state.items() if name != "embedding.logit"}
-
-    def _harden(self) -> None:
-        self.model.embedding.hard = True
-        self.model.embedding.logit.requires_grad_(False)
 
 # %% ../../nbs/click_through/04_optfs.ipynb #f1ae5356
 class PrunedEmbedding(nn.Module):
@@ -328,9 +313,10 @@ class PrunedEmbedding(nn.Module):
 
     def look_up(self, ids: Int[Tensor, "batch fields"]) -> Float[Tensor, "batch fields dim"]:
         """Return rows; the ids are not checked."""
-        place = self.remap.index_select(0, ids.flatten())
+        place = self.remap.index_select(0, ids.flatten()).long()
         rows = self.weight.index_select(0, place)
-        rows = rows * (place < len(self.weight) - 1)[:, None]  # no gradient for the zeros
+        if torch.is_grad_enabled():  # no gradient for the zeros
+            rows = rows * (place < len(self.weight) - 1)[:, None]
         return rows.view(*ids.shape, self.weight.shape[1])
 
     def forward(self, ids: Int[Tensor, "batch fields"]) -> Float[Tensor, "batch fields dim"]:

@@ -312,7 +312,7 @@ def test_a_backbone_of_the_users_own():
 
     method = OptFS(Sum(), lam=1e-3, search_epochs=3, lr=1e-2)
     x = ids() + torch.tensor([0, 5, 9])
-    found = method.fit(Batches(x, clicks(), 8), (x, clicks()), 2)
+    found = method.fit(Batches(x, clicks(), 8), (x, clicks()), max_epochs=2)
     assert len(found["retrain"]) == 2 or found["retrain"][1] <= found["retrain"][0]
     small, _ = compress(method.model)
     assert torch.equal(small.eval()(x), method.model.eval()(x))
@@ -480,11 +480,11 @@ def test_sizes_out_of_range_are_refused(plain_python):
         "init_logit must be in -30..30, got nan": lambda: FeatureGates(3, math.nan),
         r"cards\[1\] must be at least 1, got 0": lambda: GatedFM((3, 0)),
         "cards must hold a field or more, got none": lambda: GatedFM(()),
-        r"hidden\[0\] must be at least 1, got 0": lambda: GatedDeepFM(CARDS, 4, (0,)),
+        r"sizes\[1\] must be at least 1, got 0": lambda: GatedDeepFM(CARDS, 4, (0,)),
         "model must hold a GatedEmbedding as embedding": lambda: OptFS(torch.nn.Linear(2, 1)),
         "batch must be at least 1, got 0": lambda: Batches(ids(), clicks(), batch=0),
         "rows must be at least 1, got 0": lambda: Batches(ids()[:0], clicks()[:0]),
-        r"y must be \(32,\), one click a row, got shape": lambda: Batches(ids(), clicks(31)),
+        r"y must be \(32\), got shape \(31,\)": lambda: Batches(ids(), clicks(31)),
     }.items():
         with pytest.raises(ValueError, match=message):
             make()
