@@ -20,14 +20,6 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from shuffle_nb.diffusion.tiny_diffusion import (
-    TinyDiTBlock,
-    diffuse,
-    load_tiny_dit,
-    noise_loss,
-    predict_image,
-    train_tiny_dit,
-)
 from shuffle_nb.foundations.arguments import (
     drawing_device,
     require_at_least_one,
@@ -52,14 +44,10 @@ def _require_none(shuffle: bool, *permutations) -> None:
         raise ValueError("a permutation must be None: the shuffle is switched off")
 
 
-def _draw(size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _draw(size: int, generator: torch.Generator | None, device: torch.device | str) -> Tensor:
     """Draw a permutation where the generator lives (or on `device`), and bring it to `device`."""
     place = drawing_device(generator, device)
     return torch.randperm(size, generator=generator, device=place).to(device)
-
-
-def _in_order(size: int, device: torch.device) -> Tensor:
-    return torch.arange(size, device=device)
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-009
 def shuffle_2d(
@@ -106,7 +94,7 @@ def window_attention(
     mixed = F.scaled_dot_product_attention(*heads)
     return proj(mixed.transpose(1, 2).flatten(2))
 
-
+# %% ../../nbs/diffusion/06_relactrl.ipynb #7e3b7aac
 class ShuffleAttention(nn.Module):
     """Shuffle the scalars of one group, attend within each of the segments, put all back."""
 
@@ -133,9 +121,10 @@ class ShuffleAttention(nn.Module):
         require_shape("batch", "length", self.dim, x=x)
         batch, length, dim = x.shape
         _require_none(self.shuffle, perm)
-        if perm is None:
-            size = length * dim
-            perm = _draw(size, generator, x.device) if self.shuffle else _in_order(size, x.device)
+        if not self.shuffle:
+            perm = torch.arange(length * dim, device=x.device)
+        elif perm is None:
+            perm = _draw(length * dim, generator, x.device)
         z = shuffle_2d(x, perm, self.segments)
         z = window_attention(z, self.qkv, self.proj, self.num_heads)
         return unshuffle_2d(z, perm, batch, length)
@@ -160,10 +149,7 @@ def group_sizes(
     groups: int,  # G
     multiple: int = 32,  # every size is a multiple of it
 ) -> list[int]:  # G sizes that sum to d
-    """Cut `dim` channels into groups whose sizes are multiples of `multiple`, as even as can be.
-
-    Raises ValueError if there is no such cut.
-    """
+    """Cut `dim` channels into groups whose sizes are multiples of `multiple`, as even as can be."""
     require_at_least_one(groups=groups, multiple=multiple)
     if dim % multiple or dim < groups * multiple:
         raise ValueError(
@@ -179,7 +165,7 @@ def group_sizes(
         group = (group + 1) % groups
     return sizes
 
-
+# %% ../../nbs/diffusion/06_relactrl.ipynb #a63f21d6
 class TwoDimShuffleMixer(nn.Module):
     """Adaptive norm, channel and token shuffle, small attentions, way back, gated residual.
 
@@ -217,7 +203,7 @@ class TwoDimShuffleMixer(nn.Module):
         token_perms: Sequence[Tensor] | None = None,  # one (L d_g,) a group; None: drawn
         generator: torch.Generator | None = None,  # where they are drawn from
     ) -> Float[Tensor, "batch length dim"]:
-        """Mix the control state. Raises ValueError for shapes that do not fit."""
+        """Mix the control state."""
         require_shape("batch", "length", self.dim, c=c)
         require_shape(c.shape[0], 6 * self.dim, t_mod=t_mod)
         modulation = self.table[:3] + t_mod.unflatten(1, (6, -1))[:, :3]
@@ -240,44 +226,43 @@ class TwoDimShuffleMixer(nn.Module):
         require_divisible("segments", self.segments, tokens=length)
         if not self.shuffle:
             _require_none(False, channel_perm, token_perms)
-            return mix_plain(
-                self.attentions, u, _in_order(self.dim, u.device), [None] * len(self.sizes)
-            )
-        if channel_perm is None:
-            channel_perm = _draw(self.dim, generator, u.device)
-        _require_indices(self.dim, channel_perm=channel_perm)
-        if token_perms is None:
-            token_perms = [_draw(length * size, generator, u.device) for size in self.sizes]
-        self._check_count(token_perms)
-        for group, (perm, size) in enumerate(zip(token_perms, self.sizes, strict=True)):
-            _require_indices(length * size, **{f"token_perms[{group}]": perm})
-        return mix_fast(self.attentions, u, channel_perm, token_perms)
+            in_order = torch.arange(self.dim, device=u.device)
+            return mix_plain(self.attentions, u, in_order, [None] * len(self.sizes))
+        given = (channel_perm, token_perms)
+        drawn = self.draw_permutations(length, generator, u.device, *given)
+        self.check_permutations(length, *drawn, require=_require_indices)
+        return mix_fast(self.attentions, u, *drawn)
 
     def draw_permutations(
         self,
         length: int,  # L
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
-    ) -> tuple[Tensor, list[Tensor]]:  # channel_perm, token_perms
+        channel_perm: Tensor | None = None,  # what is given is not drawn
+        token_perms: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Sequence[Tensor]]:  # channel_perm, token_perms
         """Draw what one call draws, to be passed to many calls."""
-        sizes = (self.dim, *(length * size for size in self.sizes))
-        first, *others = (_draw(size, generator, torch.device(device)) for size in sizes)
-        return first, others
+        if channel_perm is None:
+            channel_perm = _draw(self.dim, generator, device)
+        if token_perms is None:
+            token_perms = [_draw(length * size, generator, device) for size in self.sizes]
+        return channel_perm, token_perms
 
     def check_permutations(
-        self, length: int, channel_perm: Tensor, token_perms: Sequence[Tensor]
+        self,
+        length: int,
+        channel_perm: Tensor,
+        token_perms: Sequence[Tensor],
+        require: Callable = require_permutation,
     ) -> None:
         """Raise ValueError unless they are permutations. `forward` trusts them: call this once."""
-        require_permutation(self.dim, channel_perm=channel_perm)
-        self._check_count(token_perms)
-        for group, (perm, size) in enumerate(zip(token_perms, self.sizes, strict=True)):
-            require_permutation(length * size, **{f"token_perms[{group}]": perm})
-
-    def _check_count(self, token_perms: Sequence[Tensor]) -> None:
+        require(self.dim, channel_perm=channel_perm)
         if len(token_perms) != len(self.sizes):
             raise ValueError(
                 f"token_perms must hold {len(self.sizes)} permutations, got {len(token_perms)}"
             )
+        for group, (perm, size) in enumerate(zip(token_perms, self.sizes, strict=True)):
+            require(length * size, **{f"token_perms[{group}]": perm})
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-023
 def grouped_attention(
@@ -321,32 +306,22 @@ def mix_fast(
 ) -> Float[Tensor, "batch length dim"]:
     """What `mix_plain` does: one read, one product for each distinct size of a group, one write."""
     batch, length, dim = u.shape
-    channels = channel_perm.split([attend.dim for attend in attentions])
-    runs = {}  # size -> the groups that have it
-    for group, attend in enumerate(attentions):
-        runs.setdefault(attend.dim, []).append(group)
-    source = torch.cat(
-        [
-            _source(
-                torch.stack([channels[g] for g in run]),
-                torch.stack([token_perms[g] for g in run]),
-                dim,
-            )
-            for run in runs.values()
-        ]
-    )
+    segments, num_heads = attentions[0].segments, attentions[0].num_heads
+    sizes = [attend.dim for attend in attentions]
+    runs = {size: [g for g, own in enumerate(sizes) if own == size] for size in sizes}
+    shuffles = channel_perm.split(sizes), token_perms
+    pairs = ((torch.stack([of[g] for g in run]) for of in shuffles) for run in runs.values())
+    source = torch.cat([_source(*pair, dim) for pair in pairs])
     parts = u.flatten(1).index_select(1, source)
     parts = parts.split([length * size * len(run) for size, run in runs.items()], dim=1)
-    segments, num_heads = attentions[0].segments, attentions[0].num_heads
     mixed = []
     for part, (size, run) in zip(parts, runs.items(), strict=True):
         # (B, n L size) -> (n, B S, L / S, size): groups first, as the batched product wants them
-        z = part.view(batch, len(run), length, size).transpose(0, 1)
+        z = part.view(batch, len(run), -1).transpose(0, 1)
         z = z.reshape(len(run), batch * segments, length // segments, size)
-        layers = [(attentions[g].qkv, attentions[g].proj) for g in run]
         weights = [
-            torch.stack([getattr(pair[place], name) for pair in layers])
-            for place in (0, 1)
+            torch.stack([getattr(getattr(attentions[g], layer), name) for g in run])
+            for layer in ("qkv", "proj")
             for name in ("weight", "bias")
         ]
         z = grouped_attention(z, *weights, num_heads).view(len(run), batch, -1)
@@ -419,13 +394,13 @@ class CopiedBlock(ControlBlock):
         """Run the copy; there is nothing to shuffle."""
         return self.block(c, t_mod)
 
-
+# %% ../../nbs/diffusion/06_relactrl.ipynb #dbb484a5
 class RelaCtrl(nn.Module):
     """A frozen diffusion Transformer with control blocks at chosen positions.
 
     `base` offers `.dim`, `.blocks[i](x, t_mod)`, `.embed(image) -> (B, L, d)`,
     `.time(t) -> (temb, t_mod)` and `.head(x, temb)`. Position p injects behind base block p, so
-    0..depth-2 are valid. Raises ValueError for positions that are not, or do not increase.
+    0..depth-2 are valid.
     """
 
     def __init__(
@@ -483,7 +458,9 @@ class RelaCtrl(nn.Module):
             if c is not None and position in self.positions:
                 k = self.positions.index(position)
                 given = [perms and perms[k] for perms in (channel_perms, token_perms)]
-                given = self._drawn(self.controls[k], given, generator, c)
+                mixer = getattr(self.controls[k], "mixer", None)
+                if mixer is not None and mixer.shuffle:  # drawn once, also where it is recomputed
+                    given = mixer.draw_permutations(c.shape[1], generator, c.device, *given)
                 c, injection = self._run(self.controls[k], x, c, t_mod, *given)
             elif not self.hold_skip:
                 injection = None
@@ -497,20 +474,6 @@ class RelaCtrl(nn.Module):
             return recompute(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    @staticmethod
-    def _drawn(block, given: list, generator, like: Tensor) -> list:
-        """Draw what is not given, outside of what is recomputed: a second draw would differ."""
-        mixer = getattr(block, "mixer", None)
-        if mixer is None or not mixer.shuffle:
-            return given
-        channel_perm, token_perms = given
-        if channel_perm is None:
-            channel_perm = _draw(mixer.dim, generator, like.device)
-        if token_perms is None:
-            sizes = [like.shape[1] * size for size in mixer.sizes]
-            token_perms = [_draw(size, generator, like.device) for size in sizes]
-        return [channel_perm, token_perms]
-
     def draw_permutations(
         self,
         length: int,  # L
@@ -518,9 +481,7 @@ class RelaCtrl(nn.Module):
         device: torch.device | str = "cpu",
     ) -> dict[str, list]:  # channel_perms and token_perms, to be passed to forward
         """Draw what one pass draws: `model(x, t, control, **model.draw_permutations(L))`."""
-        drawn = [
-            block.mixer.draw_permutations(length, generator, device) for block in self.controls
-        ]
+        drawn = [b.mixer.draw_permutations(length, generator, device) for b in self.controls]
         return {"channel_perms": [d[0] for d in drawn], "token_perms": [d[1] for d in drawn]}
 
     def _check(self, skip_position, **permutations) -> None:
@@ -551,7 +512,7 @@ def _check_groups(groups: int | Sequence[int] | None, count: int) -> list[int]:
         raise ValueError(f"groups must be one number, or {count} of them, got {groups}")
     return groups
 
-
+# %% ../../nbs/diffusion/06_relactrl.ipynb #1b91c1e1
 PIXART_POSITIONS = (0, 2, 3, 4, 5, 6, 7, 8, 9, 18, 19)  # of the release: 28 blocks of width 1152
 PIXART_GROUPS = (6, 2, 6, 4, 2, 2, 4, 4, 6, 6, 6)
 OFFICIAL_NAMES = (  # of the released checkpoint -> ours
@@ -589,15 +550,9 @@ def relevance_score(
     quality: Sequence[float] | Float[Tensor, " n"],  # F_i, larger is worse
     control_error: Sequence[float] | Float[Tensor, " n"],  # H_i, larger is worse
 ) -> Float[Tensor, " n"]:  # in [0, 1]; 1: the layer that hurts most when it is skipped
-    """Return the ControlNet relevance score of each position.
-
-    Raises ValueError if the two do not fit, hold a number that is not finite, or do not vary
-    (then relevance is undefined).
-    """
-    metrics = {
-        "quality": _as_score(quality, "quality"),
-        "control_error": _as_score(control_error, "control_error"),
-    }
+    """Return the ControlNet relevance score of each position; undefined where nothing varies."""
+    metrics = {"quality": quality, "control_error": control_error}
+    metrics = {name: _as_score(metric, name) for name, metric in metrics.items()}
     require_shape(len(metrics["quality"]), control_error=metrics["control_error"])
     scaled = []
     for name, metric in metrics.items():
@@ -612,7 +567,7 @@ def select_layers(
     score: Sequence[float] | Float[Tensor, " n"],
     k: int,  # how many positions get a control block
 ) -> list[int]:  # in increasing order
-    """Return the k most relevant positions. Raises ValueError for a k out of range."""
+    """Return the k most relevant positions."""
     ranked = _ranked(score)
     require_between(1, len(ranked), k=k)
     return sorted(ranked[:k])

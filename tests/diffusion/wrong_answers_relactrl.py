@@ -21,11 +21,3 @@ def check_positions__takes_the_favourite(num_positions):
 
 def check_positions__takes_late_ones_only(num_positions):
     return [num_positions - 2, num_positions - 1]
-
-
-def check_learners__all_learn_at_once(step):
-    return {"before_proj", "mixer", "after_proj"}
-
-
-def check_learners__the_first_projection_learns_first(step):
-    return {"before_proj"} if step == 1 else {"before_proj", "mixer", "after_proj"}
