@@ -38,14 +38,14 @@ def model():
 
 
 def ids():
-    return torch.randint(200, (1024, 39))
+    return torch.randint(200, (512, 39))
 
 
 CORES = [
     Core(
         "feature generation",
         build=generator,
-        inputs=lambda: (torch.randn(1024, 39, 20),),
+        inputs=lambda: (torch.randn(512, 39, 20),),
         plain=lambda core: partial(generate_as_written, core),
         backward=True,
     ),
@@ -59,7 +59,7 @@ CORES = [
     Core(
         "inner products",
         build=lambda: InnerProduct(153),
-        inputs=lambda: (torch.randn(1024, 153, 20),),
+        inputs=lambda: (torch.randn(512, 153, 20),),
         plain=by_mask,
         backward=True,
     ),
