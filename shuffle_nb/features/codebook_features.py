@@ -6,11 +6,12 @@
 __all__ = ['SIMILARITIES', 'LOSSES', 'MAX_SCORES', 'MAX_SCORES_ELSEWHERE', 'straight_through', 'scoring', 'nearest_codes',
            'mean_of_codes', 'snap', 'draw_rows', 'k_means', 'CodebookLayer', 'add_codebooks', 'find_codebooks',
            'recon_loss', 'evaluating', 'init_codebooks', 'load_release', 'ParallelBlock', 'CodebookTransformer',
-           'TokFSM', 'next_state_probabilities', 'first_transition_accuracy', 'swap_codes', 'js_divergence',
+           'swap_codes', 'TokFSM', 'next_state_probabilities', 'first_transition_accuracy', 'js_divergence',
            'code_purity', 'code_f1', 'neuron_f1']
 
 # %% ../../nbs/features/01_codebook_features.ipynb #8ed8fa2f
 import fnmatch
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,15 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from shuffle_nb.foundations.arguments import (
+    drawing_device,
+    require_at_least_one,
+    require_between,
+    require_divisible,
+    require_one_of,
+    require_shape,
+)
+
 # %% ../../nbs/features/01_codebook_features.ipynb #741a5f44
 def straight_through(
     z: Float[Tensor, "*batch dim"],  # what was snapped
@@ -31,30 +41,22 @@ def straight_through(
     """Return q, bit for bit, with a gradient that reaches both q and, as if it were q, z."""
     return q + (z - z.detach())
 
-# %% ../../nbs/features/01_codebook_features.ipynb #b3b52602
+# %% ../../nbs/features/01_codebook_features.ipynb #323d3980
 #| code-fold: true
-SIMILARITIES = ("inner", "euclidean")
-LOSSES = ("base", "aeloss", "vqvae", "fullaeloss")
+SIMILARITIES = ["inner", "euclidean"]
+LOSSES = ["base", "aeloss", "vqvae", "fullaeloss"]
 MAX_SCORES = {"cpu": 2**19}  # scores held at a time: 2 MiB in float32
 MAX_SCORES_ELSEWHERE = 2**25  # a GPU wants large products
 
 
-def scoring(
-    codes: Float[Tensor, "groups n width"],
-    similarity: str = "inner",  # "inner" or "euclidean"
-) -> tuple[Float[Tensor, "groups n"], Float[Tensor, "groups n"]]:
-    """Return lengths l and offsets b: the score of code j for a vector z is z·c_j / l_j + b_j.
-
-    "inner" is z·c/|c|; "euclidean" ranks as -|z - c| does. A code of length zero points nowhere:
-    its inner score is -inf. Raises ValueError for another similarity.
-    """
-    if similarity == "inner":
-        length = torch.linalg.vector_norm(codes, dim=-1)
-        offset = torch.zeros_like(length).masked_fill(length == 0, -math.inf)
-        return length.clamp_min(torch.finfo(length.dtype).tiny), offset
-    if similarity == "euclidean":
+def scoring(codes: Float[Tensor, "groups n width"], similarity: str) -> tuple[Tensor, Tensor]:
+    """Return lengths l and offsets b (groups, n): code j scores z·c_j / l_j + b_j."""
+    require_one_of(SIMILARITIES, similarity=similarity)
+    if similarity == "euclidean":  # ranks as -|z - c| does
         return torch.ones_like(codes[..., 0]), codes.square().sum(-1) / -2
-    raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
+    length = torch.linalg.vector_norm(codes, dim=-1)
+    offset = torch.zeros_like(length).masked_fill(length == 0, -math.inf)  # it points nowhere
+    return length.clamp_min(torch.finfo(length.dtype).tiny), offset
 
 
 def nearest_codes(
@@ -62,9 +64,9 @@ def nearest_codes(
     codes: Float[Tensor, "groups n width"],
     lengths: Float[Tensor, "groups n"],  # from `scoring`
     offsets: Float[Tensor, "groups n"],  # from `scoring`; -inf forbids a code
-    k: int = 1,
-) -> Int[Tensor, "*batch groups k"]:  # best first
-    """Return the indices of the k codes with the largest scores, for each vector and group."""
+    k: int,
+) -> Int[Tensor, "*batch groups k"]:
+    """Return the indices of the k codes with the largest scores, best first."""
     groups, n, width = codes.shape
     tokens = z.reshape(-1, groups, width).transpose(0, 1)  # (groups, tokens, width)
     limit = MAX_SCORES.get(z.device.type, MAX_SCORES_ELSEWHERE)
@@ -74,19 +76,19 @@ def nearest_codes(
     ids = []
     for group in range(0, groups, together):
         some = slice(group, group + together)
-        table = (codes[some] if few else codes[some] / lengths[some].unsqueeze(-1)).mT
+        length, offset = lengths[some].unsqueeze(1), offsets[some].unsqueeze(1)
+        table = (codes[some] if few else codes[some] / length.mT).mT
         best = []
         for part in tokens[some].split(rows, dim=1):
-            scores = torch.baddbmm(offsets[some].unsqueeze(1), part, table)  # (groups, rows, n)
-            scores = scores / lengths[some].unsqueeze(1) if few else scores
+            scores = torch.baddbmm(offset, part, table)  # (groups, rows, n)
+            scores = scores / length if few else scores
             best.append(scores.argmax(-1, keepdim=True) if k == 1 else scores.topk(k).indices)
         ids.append(torch.cat(best, dim=1))
     return torch.cat(ids).transpose(0, 1).reshape(*z.shape[:-1], k)
 
 
 def mean_of_codes(
-    codes: Float[Tensor, "groups n width"],
-    ids: Int[Tensor, "*batch groups k"],  # each in 0..n-1
+    codes: Float[Tensor, "groups n width"], ids: Int[Tensor, "*batch groups k"]
 ) -> Float[Tensor, "*batch groups width"]:
     """Average the chosen codes. The gradient reaches the chosen rows and no others."""
     groups, n, width = codes.shape
@@ -98,8 +100,7 @@ def mean_of_codes(
     mean = F.embedding_bag(ids.reshape(-1, ids.shape[-1]), table, mode="mean")
     return mean.view(*ids.shape[:-1], width)
 
-# %% ../../nbs/features/01_codebook_features.ipynb #344987dd
-#| code-fold: true
+
 def snap(
     z: Float[Tensor, "*batch dim"],
     codes: Float[Tensor, "*groups n width"],  # (n, dim), or (groups, n, dim/groups)
@@ -110,20 +111,12 @@ def snap(
 
     Returns q, of z's shape, and the indices, best first: (*batch, k), or (*batch, groups, k) for
     grouped codes. q is differentiable in the codes, not in z: see `straight_through`.
-    Raises ValueError for codes of another width, a k outside 1..n, or an unknown similarity.
     """
-    if codes.ndim not in (2, 3):
-        shape = tuple(codes.shape)
-        raise ValueError(f"codes must be (n, dim) or (groups, n, dim/groups), got shape {shape}")
     grouped = codes if codes.ndim == 3 else codes.unsqueeze(0)
+    require_shape("groups", "n", "width", codes=grouped)
     groups, n, width = grouped.shape
-    if z.shape[-1:] != (groups * width,):
-        raise ValueError(
-            f"z has shape {tuple(z.shape)}, expected last dimension {groups * width} "
-            f"for codes of shape {tuple(codes.shape)}"
-        )
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be in 1..{n}, the number of codes, got {k}")
+    require_shape(..., groups * width, z=z)
+    require_between(1, n, k=k)
     with torch.no_grad():
         chunks = z.unflatten(-1, (groups, width))
         ids = nearest_codes(chunks, grouped, *scoring(grouped, similarity), k)
@@ -131,18 +124,14 @@ def snap(
     return q, ids if codes.ndim == 3 else ids.squeeze(-2)
 
 
-def draw_rows(
-    total: int,  # rows to draw from
-    count: int,  # rows wanted
-    generator: torch.Generator | None = None,
-) -> Int[Tensor, " count"]:
-    """Draw row indices without replacement, starting again only when all have been drawn."""
-    if total < 1:
+def draw_rows(x: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw rows without replacement, starting again only when all have been drawn."""
+    if len(x) < 1:
         raise ValueError("x must hold at least one vector to draw codes from, got none")
-    place = "cpu" if generator is None else generator.device
-    rounds = range(-(-count // total))
-    drawn = [torch.randperm(total, generator=generator, device=place) for _ in rounds]
-    return torch.cat([torch.empty(0, dtype=torch.long, device=place), *drawn])[:count]
+    place = drawing_device(generator, "cpu")
+    rounds = range(-(-count // len(x)))
+    drawn = [torch.randperm(len(x), generator=generator, device=place) for _ in rounds]
+    return x[torch.cat(drawn)[:count].to(x.device)] if drawn else x[:0]
 
 
 @torch.no_grad()
@@ -153,7 +142,7 @@ def k_means(
     rounds: int = 20,
 ) -> Float[Tensor, "n width"]:
     """Return n centres that Lloyd's algorithm finds from n sampled rows of x."""
-    centres = x[draw_rows(len(x), n, generator).to(x.device)]
+    centres = draw_rows(x, n, generator)
     for _ in range(rounds):
         nearest = snap(x, centres, 1, "euclidean")[1].squeeze(-1)
         total = torch.zeros_like(centres).index_add_(0, nearest, x)
@@ -161,7 +150,7 @@ def k_means(
         centres = torch.where(count > 0, total / count.clamp_min(1), centres)
     return centres
 
-# %% ../../nbs/features/01_codebook_features.ipynb #bfc0abfa
+# %% ../../nbs/features/01_codebook_features.ipynb #6b64e1f7
 #| code-fold: true
 class CodebookLayer(nn.Module):
     """Layer norm, then the mean of the k nearest codes, for each group of coordinates.
@@ -186,22 +175,20 @@ class CodebookLayer(nn.Module):
         noise: float = 0.0,  # of replaced codes: deviation of a coordinate, in lengths of the code
     ):
         super().__init__()
-        if dim < 1 or groups < 1 or dim % groups:
-            raise ValueError(f"dim must be divisible by groups, got dim={dim}, groups={groups}")
-        if not 1 <= k <= num_codes:
-            raise ValueError(f"k must be in 1..num_codes, got k={k}, num_codes={num_codes}")
-        if similarity not in SIMILARITIES:
-            raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
-        if loss not in LOSSES:
-            raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
+        require_divisible("groups", groups, dim=dim)
+        require_at_least_one(num_codes=num_codes)
+        require_between(1, num_codes, k=k)
+        require_one_of(SIMILARITIES, similarity=similarity)
+        require_one_of(LOSSES, loss=loss)
         if replace_after < 0:
             raise ValueError(f"replace_after must be 0 or more calls, got {replace_after}")
         self.dim, self.num_codes, self.k, self.groups = dim, num_codes, k, groups
         self.similarity, self.loss, self.beta, self.enabled = similarity, loss, beta, True
         self.replace_after, self.noise, self._calls = replace_after, noise, 0
+        self.heads = (groups, dim // groups)
         self.codes = nn.Parameter(torch.randn(groups, num_codes, dim // groups))
-        self.norm_weight = nn.Parameter(torch.ones(groups, dim // groups))
-        self.norm_bias = nn.Parameter(torch.zeros(groups, dim // groups))
+        self.norm_weight = nn.Parameter(torch.ones(self.heads))
+        self.norm_bias = nn.Parameter(torch.zeros(self.heads))
         self.register_buffer("counts", torch.zeros(groups, num_codes, dtype=torch.long))
         self.register_buffer("disabled", torch.zeros(groups, num_codes, dtype=torch.bool), False)
         self._interventions: list[Callable] = []
@@ -214,7 +201,10 @@ class CodebookLayer(nn.Module):
             return x
         z = self.normalise(x)
         if self.training and self.replace_after:
-            self._replace_when_due(z.detach())
+            if self._calls == self.replace_after:
+                self.replace_dead(x)
+                self._calls = 0
+            self._calls += 1
         self.last_ids = self.choose(z.detach())
         q = self.combine(self.last_ids)
         self.recon_loss = self.extra_loss(z, q)
@@ -224,14 +214,9 @@ class CodebookLayer(nn.Module):
 
     def normalise(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch groups width"]:
         """Return z: each chunk of x after its layer norm (affine, eps 1e-5)."""
-        heads = (self.groups, self.dim // self.groups)
-        if x.shape[-1:] == (self.dim,):
-            x = x.unflatten(-1, heads)
-        elif x.shape[-2:] != heads:
-            or_heads = f" or last dimensions {heads}" if self.groups > 1 else ""
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, expected last dimension {self.dim}{or_heads}"
-            )
+        if x.shape[-2:] != self.heads:
+            require_shape(..., self.dim, x=x)
+            x = x.unflatten(-1, self.heads)
         if self.groups == 1:
             return F.layer_norm(x, x.shape[-1:], self.norm_weight[0], self.norm_bias[0])
         return torch.addcmul(self.norm_bias, F.layer_norm(x, x.shape[-1:]), self.norm_weight)
@@ -273,10 +258,7 @@ class CodebookLayer(nn.Module):
         self,
         change: Callable[[Tensor], Tensor],  # ids (..., groups, k) -> ids, each in -1..n-1
     ) -> Iterator["CodebookLayer"]:
-        """Within the block, pass the chosen indices through `change`. Blocks may be nested.
-
-        The forward pass raises ValueError if `change` alters the shape or returns a bad index.
-        """
+        """Within the block, pass the chosen indices through `change`. Blocks may be nested."""
         self._interventions.append(change)
         try:
             yield self
@@ -292,10 +274,9 @@ class CodebookLayer(nn.Module):
     ) -> None:
         """Forbid codes until `reset`; the next best take over. ValueError if fewer than k stay."""
         ids = [ids] if isinstance(ids, int) else list(ids)
-        if any(not 0 <= j < self.num_codes for j in ids):
-            raise ValueError(f"ids must be in 0..{self.num_codes - 1}, got {ids}")
-        if group is not None and not 0 <= group < self.groups:
-            raise ValueError(f"group must be None or in 0..{self.groups - 1}, got {group}")
+        for one in ids:
+            require_between(0, self.num_codes - 1, ids=one)
+        require_between(0, self.groups - 1, group=group)
         disabled = self.disabled.clone()
         disabled[slice(None) if group is None else group, ids] = True
         usable = ~disabled & scoring(self.codes, self.similarity)[1].isfinite()
@@ -317,13 +298,10 @@ class CodebookLayer(nn.Module):
         kmeans: bool = False,  # centres that k-means finds, instead of samples
     ) -> None:
         """Make every code a sampled input, after the layer norm, or a centre; forget the counts."""
+        start = k_means if kmeans else draw_rows
         self.counts.zero_()
-        self.replace_dead(x, 0.0, generator)
-        if kmeans:
-            z = self.normalise(x).reshape(-1, self.groups, self.dim // self.groups)
-            for group in range(self.groups):
-                centres = k_means(z[:, group], self.num_codes, generator)
-                self.codes[group] = centres.to(self.codes.dtype)
+        for group, z in enumerate(self.normalise(x).reshape(-1, *self.heads).unbind(1)):
+            self.codes[group] = start(z, self.num_codes, generator)
 
     @torch.no_grad()
     def replace_dead(
@@ -333,22 +311,11 @@ class CodebookLayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> int:  # how many codes were replaced
         """Re-seed the codes with count zero from sampled inputs, and forget the counts."""
-        return self._reseed(self.normalise(x), self.noise if noise is None else noise, generator)
-
-    def _replace_when_due(self, z: Tensor) -> None:
-        self._calls += 1
-        if self._calls > self.replace_after:
-            self._calls = 1
-            self._reseed(z, self.noise, None)
-
-    @torch.no_grad()
-    def _reseed(self, z: Tensor, noise: float, generator: torch.Generator | None) -> int:
-        z = z.reshape(-1, self.groups, self.dim // self.groups)
-        dead = self.counts == 0
-        for group, missing in enumerate(dead.sum(1).tolist()):
-            rows = z[draw_rows(len(z), missing, generator).to(z.device), group]
+        noise, dead = self.noise if noise is None else noise, self.counts == 0
+        for group, z in enumerate(self.normalise(x).reshape(-1, *self.heads).unbind(1)):
+            rows = draw_rows(z, int(dead[group].sum()), generator)
             if noise:
-                place = z.device if generator is None else generator.device
+                place = drawing_device(generator, z.device)
                 random = torch.randn(rows.shape, generator=generator, device=place).to(rows)
                 rows = rows + noise * rows.norm(dim=-1, keepdim=True) * random
             self.codes[group, dead[group]] = rows.to(self.codes.dtype)
@@ -361,10 +328,7 @@ class CodebookLayer(nn.Module):
         return self.groups * self.k * math.ceil(math.log2(self.num_codes))
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.dim}, num_codes={self.num_codes}, k={self.k}, groups={self.groups}, "
-            f"similarity={self.similarity!r}, loss={self.loss!r}"
-        )
+        return f"{self.dim}, num_codes={self.num_codes}, k={self.k}, groups={self.groups}"
 
     def __getstate__(self) -> dict:
         # A copy starts without the memory of a forward pass: autograd's graph cannot be copied.
@@ -372,21 +336,19 @@ class CodebookLayer(nn.Module):
         return self.__dict__ | fresh
 
 
-def _checked_ids(ids, before: Tensor, num_codes: int) -> Tensor:
+def _checked_ids(ids: object, before: Tensor, num_codes: int) -> Tensor:
     """Return the ids that an intervention made of those before, or say what is wrong with them."""
+    expected = f"integer ids of shape {tuple(before.shape)} in -1..{num_codes - 1}"
     if not isinstance(ids, Tensor) or ids.shape != before.shape or ids.is_floating_point():
-        got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(
-            f"an intervention must return integer ids of shape {tuple(before.shape)}, got {got}"
-        )
-    if ids.numel() and not (ids.min() >= -1 and ids.max() < num_codes):
-        raise ValueError(
-            f"an intervention must return ids in -1..{num_codes - 1}, "
-            f"got {ids.min().item()}..{ids.max().item()}"
-        )
+        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
+        raise ValueError(f"an intervention must return {expected}, got {got}")
+    if ids.numel() and not -1 <= ids.min() <= ids.max() < num_codes:
+        got = f"{ids.min().item()}..{ids.max().item()}"
+        raise ValueError(f"an intervention must return {expected}, got {got}")
     return ids.to(before)
 
-# %% ../../nbs/features/01_codebook_features.ipynb #dc97347f
+# %% ../../nbs/features/01_codebook_features.ipynb #344987dd
+#| code-fold: true
 def add_codebooks(
     model: nn.Module,
     names: str | Sequence[str],  # of submodules; * stands for anything
@@ -401,28 +363,27 @@ def add_codebooks(
     Of an output that is a tuple, the first tensor is snapped. The codebooks become parts of the
     model. Raises ValueError for a name that finds nothing and a place that has a codebook.
     """
-    if where not in ("input", "output"):
-        raise ValueError(f"where must be 'input' or 'output', got {where!r}")
-    names, added = [names] if isinstance(names, str) else list(names), {}
-    modules, slot = dict(model.named_modules()), f"{where}_codebook"
-    for name in names:
+    require_one_of(["input", "output"], where=where)
+    modules, slot, added = dict(model.named_modules()), f"{where}_codebook", {}
+    for name in [names] if isinstance(names, str) else names:
         found = fnmatch.filter(modules, name)
         if not found:
             raise ValueError(f"names must be those of submodules, got {name!r}, which finds none")
         for place in found:
-            if hasattr(modules[place], slot):
+            module = modules[place]
+            chained = type(module).forward is nn.Sequential.forward
+            if hasattr(module, slot):
                 raise ValueError(f"names must find places without {slot}, got {place!r}")
-            chained = type(modules[place]).forward is nn.Sequential.forward
             if chained and where == "input":
                 raise ValueError(f"names must be the first part of {place!r} for its input")
             layer = CodebookLayer(dim, num_codes, **options)
-            layer.to(next(modules[place].parameters(), layer.codes).device)
-            modules[place].add_module(slot, layer)
+            layer.to(next(module.parameters(), layer.codes).device)
+            module.add_module(slot, layer)
             added[f"{place}.{slot}"] = layer
             if where == "input":
-                modules[place].register_forward_pre_hook(_snap_input)
+                module.register_forward_pre_hook(_snap_input)
             elif not chained:  # which calls its parts in turn, so that the last one is the codebook
-                modules[place].register_forward_hook(_snap_output)
+                module.register_forward_hook(_snap_output)
     return added
 
 
@@ -435,8 +396,7 @@ def _snap_output(module: nn.Module, args: tuple, output):
         return module.output_codebook(output[0]), *output[1:]
     return module.output_codebook(output)
 
-# %% ../../nbs/features/01_codebook_features.ipynb #0c9e780c
-#| code-fold: true
+
 def find_codebooks(model: nn.Module) -> dict[str, CodebookLayer]:
     """Return the codebooks of a model by name; a `codebooks()` of its own decides the names."""
     if hasattr(model, "codebooks"):
@@ -474,16 +434,11 @@ def init_codebooks(
         layer.init_from(args[0], generator, kmeans)
         layer.enabled = True  # so that the codebooks behind see what this one leaves
 
-    layers = find_codebooks(model).values()
-    for layer in layers:
-        layer.enabled = False
-    hooks = [layer.register_forward_pre_hook(start) for layer in layers]
-    try:
-        with evaluating(model):
-            model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack, evaluating(model):
+        for layer in find_codebooks(model).values():
+            layer.enabled = False
+            stack.callback(layer.register_forward_pre_hook(start).remove)
+        model(*inputs)
 
 
 def load_release(
@@ -502,18 +457,18 @@ def load_release(
         place, _, slot = name.rpartition(".")
         place = place if slot == "output_codebook" else place.rpartition(".")[0]
         owner[f"{place}.codebook_layer"] = layer
-    theirs = {name.split(".codebook_layer.")[0] + ".codebook_layer" for name in state
-              if ".codebook_layer." in name}  # fmt: skip
+    theirs = {found[0] for name in state if (found := re.match(r".*\.codebook_layer(?=\.)", name))}
     if theirs != set(owner):
         raise ValueError(f"codebooks must stand at {sorted(theirs)}, got {sorted(owner)}")
+    names = {"codes": "codebook.weight", "norm_weight": "ln.weight", "norm_bias": "ln.bias"}
     for place, layer in owner.items():
         many = f"{place}.codebook.0.codebook.weight" in state
         parts = [f"{place}.codebook.{g}" if many else place for g in range(layer.groups)]
-        for ours, their in (
-            ("codes", "codebook.weight"), ("norm_weight", "ln.weight"), ("norm_bias", "ln.bias")
-        ):  # fmt: skip
-            value = torch.stack([state.pop(f"{part}.{their}") for part in parts])
-            target = getattr(layer, ours)
+        for ours, their in names.items():
+            value, target = (
+                torch.stack([state.pop(f"{p}.{their}") for p in parts]),
+                getattr(layer, ours),
+            )
             if value.shape != target.shape:
                 got = f"{tuple(value.shape)} in the release, {tuple(target.shape)} here"
                 raise ValueError(f"{place} {ours} must have equal shapes, got {got}")
@@ -543,6 +498,7 @@ class ParallelBlock(nn.Module):
         return x + attention + self.mlp(self.mlp_norm(x))
 
 # %% ../../nbs/features/01_codebook_features.ipynb #c0e93e89
+#| code-fold: true
 class CodebookTransformer(nn.Module):
     """A causal transformer with parallel blocks and a codebook on every head and MLP.
 
@@ -563,8 +519,7 @@ class CodebookTransformer(nn.Module):
         k: int = 1,
     ):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim must be divisible by heads, got dim={dim}, heads={heads}")
+        require_divisible("heads", heads, dim=dim)
         self.max_len = max_len
         self.embed, self.place = nn.Embedding(vocab, dim), nn.Embedding(max_len, dim)
         self.blocks = nn.ModuleList(ParallelBlock(dim, heads, mlp) for _ in range(layers))
@@ -592,11 +547,43 @@ class CodebookTransformer(nn.Module):
             named[f"mlp{number}"] = block.mlp.output_codebook
         return named
 
-    def recon_loss(self) -> Float[Tensor, ""]:
-        """Return the sum of what the codebooks add to the loss, from the last forward pass."""
-        return recon_loss(self)
+    recon_loss = recon_loss  # so that model.recon_loss() is recon_loss(model)
 
-# %% ../../nbs/features/01_codebook_features.ipynb #ed605c4e
+# %% ../../nbs/features/01_codebook_features.ipynb #0f0670f0
+#| code-fold: true
+def swap_codes(
+    model: nn.Module,  # with codebooks
+    source_tokens: Int[Tensor, "batch _"],  # what the network reads
+    target_tokens: Int[Tensor, "batch _"],  # where the codes come from
+    names: str | Sequence[str],  # codebooks to overwrite, such as ["mlp1"]
+    position: int = -1,  # the only position that is overwritten
+) -> Float[Tensor, "batch vocab"]:
+    """Return the logits at `position` for the source, run with the target's codes there."""
+    names, layers = [names] if isinstance(names, str) else list(names), find_codebooks(model)
+    for name in names:
+        require_one_of(layers, names=name)
+        if not layers[name].enabled:
+            raise ValueError(f"names must be codebooks that are enabled, got {name!r}")
+    if len(source_tokens) != len(target_tokens):
+        got = f"{len(source_tokens)} and {len(target_tokens)}"
+        raise ValueError(f"source_tokens and target_tokens must be equally many, got {got}")
+
+    def overwrite(new: Tensor) -> Callable[[Tensor], Tensor]:
+        def change(ids: Tensor) -> Tensor:
+            ids[:, position] = new
+            return ids
+
+        return change
+
+    with evaluating(model), ExitStack() as stack:
+        model(target_tokens)
+        wanted = [layers[name].last_ids[:, position] for name in names]
+        for name, new in zip(names, wanted, strict=True):
+            stack.enter_context(layers[name].intervene(overwrite(new)))
+        output = model(source_tokens)
+        return getattr(output, "logits", output)[:, position]
+
+# %% ../../nbs/features/01_codebook_features.ipynb #3a5ef9a1
 #| code-fold: true
 class TokFSM:
     """A random finite-state machine whose states are written as digits.
@@ -612,15 +599,12 @@ class TokFSM:
         base: int = 10,
         seed: int = 42,
     ):
-        if not 1 <= edges <= num_states:
-            raise ValueError(f"edges must be in 1..num_states={num_states}, got {edges}")
+        require_between(1, num_states, edges=edges)
         if base < 2:
             raise ValueError(f"base must be at least 2, got {base}")
         self.num_states, self.edges, self.base = num_states, edges, base
         self.bos, self.vocab = base, base + 1
-        self.digits = 1
-        while base**self.digits < num_states:
-            self.digits += 1
+        self.digits = next(d for d in itertools.count(1) if base**d >= num_states)
         random = np.random.default_rng(seed)
         rows = [random.choice(num_states, size=edges, replace=False) for _ in range(num_states)]
         self.successors = torch.from_numpy(np.stack(rows))
@@ -640,8 +624,7 @@ class TokFSM:
         generator: torch.Generator | None = None,
     ) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch steps"]]:
         """Walk from uniformly drawn states; the tokens are BOS and the digits of all states."""
-        if batch < 1 or steps < 1:
-            raise ValueError(f"batch and steps must be at least 1, got {batch} and {steps}")
+        require_at_least_one(batch=batch, steps=steps)
         states = [torch.randint(self.num_states, (batch,), generator=generator)]
         for _ in range(steps - 1):
             edge = torch.randint(self.edges, (batch,), generator=generator)
@@ -657,8 +640,7 @@ def next_state_probabilities(
 ) -> Float[Tensor, "batch states"]:
     """Return P(next state | context), the product of the probabilities of its digits."""
     spelling = fsm.spelling.to(contexts.device)
-    states = torch.arange(fsm.num_states, device=spelling.device)
-    total = 1.0
+    states, total = torch.arange(fsm.num_states, device=spelling.device), 1.0
     for position in range(fsm.digits):
         block = fsm.base ** (fsm.digits - position)  # states that share their first digits
         first, which = (states // block).unique(return_inverse=True)
@@ -681,44 +663,6 @@ def first_transition_accuracy(
     guesses = chances.topk(fsm.edges).indices.cpu()
     return (fsm.transition.gather(1, guesses) > 0).double().mean().item()
 
-# %% ../../nbs/features/01_codebook_features.ipynb #091f1496
-#| code-fold: true
-def swap_codes(
-    model: nn.Module,  # with codebooks
-    source_tokens: Int[Tensor, "batch _"],  # what the network reads
-    target_tokens: Int[Tensor, "batch _"],  # where the codes come from
-    names: str | Sequence[str],  # codebooks to overwrite, such as ["mlp1"]
-    position: int = -1,  # the only position that is overwritten
-) -> Float[Tensor, "batch vocab"]:
-    """Return the logits at `position` for the source, run with the target's codes there.
-
-    Raises ValueError for an unknown codebook, one that is switched off, or unequal batches.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    layers = find_codebooks(model)
-    if unknown := [name for name in names if name not in layers]:
-        raise ValueError(f"names must be among {list(layers)}, got {unknown}")
-    if off := [name for name in names if not layers[name].enabled]:
-        raise ValueError(f"names must be codebooks that are enabled, got {off}")
-    if len(source_tokens) != len(target_tokens):
-        got = f"{len(source_tokens)} and {len(target_tokens)}"
-        raise ValueError(f"source_tokens and target_tokens must be equally many, got {got}")
-
-    def overwrite(new: Tensor) -> Callable[[Tensor], Tensor]:
-        def change(ids: Tensor) -> Tensor:
-            ids[:, position] = new
-            return ids
-
-        return change
-
-    with evaluating(model), ExitStack() as stack:
-        model(target_tokens)
-        wanted = {name: layers[name].last_ids[:, position] for name in names}
-        for name, ids in wanted.items():
-            stack.enter_context(layers[name].intervene(overwrite(ids)))
-        output = model(source_tokens)
-        return getattr(output, "logits", output)[:, position]
-
 # %% ../../nbs/features/01_codebook_features.ipynb #28f7afe0
 #| code-fold: true
 def js_divergence(
@@ -730,8 +674,7 @@ def js_divergence(
     to_middle = [(torch.xlogy(r, r) - torch.xlogy(r, middle)).sum(-1) for r in (p, q)]
     return (sum(to_middle) / 2).clamp(0.0, math.log(2))
 
-# %% ../../nbs/features/01_codebook_features.ipynb #b3960d24
-#| code-fold: true
+
 def code_purity(
     ids: Int[Tensor, "*examples"],  # code of each example, (examples,) or (examples, k)
     labels: Int[Tensor, " _"],  # what each example is, (examples,)
@@ -748,10 +691,6 @@ def _f1(hits: Tensor, fired: Tensor, present: Tensor) -> Tensor:
     return 2 * hits / (fired + present).clamp_min(1)
 
 
-def _one_hot(labels: Tensor) -> Tensor:
-    return F.one_hot(labels, int(labels.max()) + 1).double()
-
-
 def code_f1(
     ids: Int[Tensor, "*examples"],  # code of each example, (examples,) or (examples, k)
     labels: Int[Tensor, " _"],  # what each example is, (examples,)
@@ -760,17 +699,13 @@ def code_f1(
 
     The code is chosen on the examples 0, 2, 4, … and scored on 1, 3, 5, …
     """
-    ids = ids.reshape(len(labels), -1)
-    fires = torch.zeros(len(ids), int(ids.max()) + 1, dtype=torch.double, device=ids.device)
-    fires.scatter_(1, ids, 1.0)
-    truth = _one_hot(labels)
-
-    def score(half: slice) -> Tensor:  # (labels, codes)
-        hits = truth[half].T @ fires[half]
-        return _f1(hits, fires[half].sum(0), truth[half].sum(0).unsqueeze(1))
-
-    best = score(slice(0, None, 2)).argmax(1, keepdim=True)
-    return score(slice(1, None, 2)).gather(1, best).squeeze(1)
+    ids, truth = ids.reshape(len(labels), -1), F.one_hot(labels).double()
+    fires = truth.new_zeros(len(ids), int(ids.max()) + 1).scatter_(1, ids, 1.0)
+    chosen, held = (  # (labels, codes)
+        _f1(t.T @ f, f.sum(0), t.sum(0).unsqueeze(1))
+        for t, f in ((truth[::2], fires[::2]), (truth[1::2], fires[1::2]))
+    )
+    return held.gather(1, chosen.argmax(1, keepdim=True)).squeeze(1)
 
 
 def neuron_f1(
@@ -782,16 +717,14 @@ def neuron_f1(
     Unit, threshold and direction are chosen on the examples 0, 2, 4, … and scored on 1, 3, 5, …
     """
     both = torch.cat([h, -h], dim=1).double()  # "below t" is "above -t" of the negative
-    truth = _one_hot(labels)
+    fit, held = (F.one_hot(labels).double()[start::2] for start in (0, 1))
     values, order = both[::2].sort(dim=0, descending=True)
-    hits = truth[::2][order].cumsum(0)  # (examples, units, labels): if the first m fire
+    hits = fit[order].cumsum(0)  # (examples, units, labels): if the first m fire
     fired = torch.arange(1, len(values) + 1, device=h.device).view(-1, 1, 1)
-    scores = _f1(hits, fired, truth[::2].sum(0))
     tied = F.pad(values[:-1] == values[1:], (0, 0, 0, 1))  # a threshold cannot part equal values
-    scores[tied] = -1.0
+    scores = _f1(hits, fired, fit.sum(0)).masked_fill(tied.unsqueeze(-1), -1.0)
     best, place = scores.max(0)  # over thresholds: (units, labels)
     unit = best.argmax(0)
     threshold = values[place.gather(0, unit.unsqueeze(0)).squeeze(0), unit]
     fires = (both[1::2][:, unit] >= threshold).double()
-    truth = truth[1::2]
-    return _f1((fires * truth).sum(0), fires.sum(0), truth.sum(0))
+    return _f1((fires * held).sum(0), fires.sum(0), held.sum(0))

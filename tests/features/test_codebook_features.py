@@ -327,10 +327,10 @@ def test_state_of_a_token_in_bits():
     ("options", "message"),
     [
         ({"dim": 10, "groups": 3}, "dim must be divisible by groups"),
-        ({"groups": 0}, "dim must be divisible by groups"),
-        ({"k": 0}, "k must be in 1..num_codes"),
-        ({"k": 10}, "k must be in 1..num_codes"),
-        ({"num_codes": 0}, "k must be in 1..num_codes"),
+        ({"groups": 0}, "groups must be at least 1"),
+        ({"k": 0}, "k must be in 1..9, got 0"),
+        ({"k": 10}, "k must be in 1..9, got 10"),
+        ({"num_codes": 0}, "num_codes must be at least 1"),
         ({"similarity": "cosine"}, "similarity must be one of"),
         ({"loss": "mse"}, "loss must be one of"),
     ],
@@ -341,11 +341,11 @@ def test_layer_says_what_is_wrong(plain_python, options, message):
 
 
 def test_layer_and_snap_name_the_expected_width(plain_python):
-    with pytest.raises(ValueError, match="expected last dimension 12"):
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 12\)"):
         CodebookLayer(12, 9)(torch.zeros(2, 11))
-    with pytest.raises(ValueError, match="expected last dimension 12"):
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 12\)"):
         CodebookLayer(12, 9)(torch.tensor(1.0))
-    with pytest.raises(ValueError, match="expected last dimension 6"):
+    with pytest.raises(ValueError, match=r"z must be \(\.\.\., 6\)"):
         snap(torch.zeros(2, 5), torch.zeros(4, 6))
     with pytest.raises(ValueError, match=r"k must be in 1..4"):
         snap(torch.zeros(2, 6), torch.ones(4, 6), k=5)
@@ -655,7 +655,7 @@ def test_disabling_adds_up_and_leaves_k_codes(plain_python):
     assert set(layer.last_ids.flatten().tolist()) == {7, 8}
     with pytest.raises(ValueError, match=r"ids must be in 0..8"):
         layer.disable_codes([9])
-    with pytest.raises(ValueError, match=r"group must be None or in 0..2"):
+    with pytest.raises(ValueError, match=r"group must be in 0\.\.2"):
         layer.disable_codes([1], group=3)
 
 
@@ -728,7 +728,7 @@ def test_one_step_of_training_moves_every_part():
     ("options", "message"),
     [
         ({"heads": 3}, "dim must be divisible by heads"),
-        ({"k": 33}, "k must be in 1..num_codes"),
+        ({"k": 33}, "k must be in 1..32"),
     ],
 )
 def test_transformer_says_what_is_wrong(plain_python, options, message):
@@ -855,7 +855,7 @@ def test_switched_off_codebooks_leave_the_network_as_it_was():
         layer.enabled = False
     assert torch.equal(model(tokens), plain(tokens))
     layer.enabled = True  # at embed_out, whose width is 7
-    with pytest.raises(ValueError, match="expected last dimension 12"):
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 12\)"):
         model(tokens)
 
 
@@ -884,7 +884,7 @@ def test_adding_says_what_is_wrong(plain_python):
         add_codebooks(model, "mlp", **options)
     with pytest.raises(ValueError, match="places without output_codebook"):
         add_codebooks(model, "gpt_neox.layers.0.mlp", **options)
-    with pytest.raises(ValueError, match="where must be 'input' or 'output'"):
+    with pytest.raises(ValueError, match="where must be one of"):
         add_codebooks(model, "embed_out", where="middle", **options)
     with pytest.raises(ValueError, match="names must be the first part of"):
         add_codebooks(model, "gpt_neox.layers.0.mlp", where="input", **options)
@@ -1045,7 +1045,7 @@ def test_swapping_acts_on_one_position_of_the_named_codebooks():
 
 def test_swap_says_what_is_wrong(plain_python):
     model, tokens = tiny_model(), torch.zeros(2, 4, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"names must be among .*got \['mlp9'\]"):
+    with pytest.raises(ValueError, match=r"names must be one of .*got 'mlp9'; did you mean"):
         swap_codes(model, tokens, tokens, ["mlp9"])
     with pytest.raises(ValueError, match="must be equally many, got 2 and 1"):
         swap_codes(model, tokens, tokens[:1], ["mlp1"])
@@ -1100,11 +1100,11 @@ def test_sampling_follows_the_generator_and_the_transitions():
 
 def test_machine_says_what_is_wrong(plain_python):
     for edges in (0, 11):
-        with pytest.raises(ValueError, match=r"edges must be in 1..num_states=10"):
+        with pytest.raises(ValueError, match=r"edges must be in 1\.\.10"):
             TokFSM(10, edges)
     with pytest.raises(ValueError, match="base must be at least 2"):
         TokFSM(10, 2, base=1)
-    with pytest.raises(ValueError, match="batch and steps must be at least 1"):
+    with pytest.raises(ValueError, match="batch must be at least 1"):
         TokFSM(10, 2).sample(0, 1)
 
 
