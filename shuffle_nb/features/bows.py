@@ -25,13 +25,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..foundations.arguments import require_at_least_one
+from shuffle_nb.foundations.arguments import (
+    require_at_least_one,
+    require_between,
+    require_one_of,
+    require_probability,
+    require_shape,
+)
 from ..foundations.datasets import package_docstrings
 
 # %% ../../nbs/features/02_bows.ipynb #cell-010
+#| code-fold: true
 _all_ = ["package_docstrings"]  # documentation of installed packages, read without a download
 
-# %% ../../nbs/features/02_bows.ipynb #cell-011
+
 @lru_cache(maxsize=4)
 def documentation(
     packages: tuple[str, ...],  # names such as "networkx" or "scipy.stats"
@@ -39,7 +46,7 @@ def documentation(
     """Read the docstrings of installed packages once a process; raises ValueError for none."""
     return tuple(package_docstrings(packages))
 
-# %% ../../nbs/features/02_bows.ipynb #cell-013
+
 NOT_PROSE = re.compile(
     r"^[ \t]*References?[ \t]*\n[ \t]*-{3,}[\s\S]*"  # the references, to the end
     r"|^[ \t]*(?:>>>|\.\.\. ).*$"  # lines of an interpreter
@@ -57,7 +64,7 @@ def prose(
     """Leave out addresses, code, identifiers and the list of references."""
     return NOT_PROSE.sub(" ", text)
 
-# %% ../../nbs/features/02_bows.ipynb #87903d55
+
 ACCENTS = "\u0300-\u036f"  # marks that combine with the letter before them
 WORD = re.compile(rf"(?:[^\W\d_][{ACCENTS}]*)+|\d+")  # a run of letters, or a run of digits
 NUMERALS = frozenset(str(number) for number in range(101))
@@ -78,7 +85,7 @@ def words_of(
     kept = {w for w in found if letters.sub("", w).isalpha() or w in NUMERALS}
     return {w.lower() if lowercase else w for w in kept}.difference(stop_words)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-016
+
 def _window_union(
     records: np.ndarray,  # record of each occurrence, ascending within a word
     words: np.ndarray,  # word of each occurrence, ascending
@@ -102,25 +109,14 @@ def _window_union(
     order = np.argsort(rows, kind="stable")
     return rows[order], columns[order]
 
-# %% ../../nbs/features/02_bows.ipynb #cell-017
+
 def _stop_words(stop_words: str | Collection[str] | None) -> frozenset[str]:
-    if stop_words is None:
-        return frozenset()
-    if not isinstance(stop_words, str):
-        return frozenset(stop_words)
-    if stop_words != "english":
-        raise ValueError(f"stop_words must be None, 'english' or a set, got {stop_words!r}")
+    if stop_words is None or not isinstance(stop_words, str):
+        return frozenset(stop_words or ())
+    require_one_of(["english"], stop_words=stop_words)
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     return ENGLISH_STOP_WORDS
-
-
-def _check_bag(records: Sequence[str], vocab_size: int, window: int, stride: int, forced) -> None:
-    require_at_least_one(vocab_size=vocab_size, window=window, stride=stride)
-    if len(records) < window:
-        raise ValueError(f"records must fill a window of {window}, got {len(records)} of them")
-    if len(set(forced)) > vocab_size:
-        raise ValueError(f"forced must hold at most {vocab_size} words, got {len(set(forced))}")
 
 
 def _as_rows(rows: np.ndarray, columns: np.ndarray, width: int, sparse: bool) -> Tensor:
@@ -138,7 +134,7 @@ def _as_rows(rows: np.ndarray, columns: np.ndarray, width: int, sparse: bool) ->
             F.pad(ends, (1, 0)), columns, torch.ones(len(columns)), (len(kept), width)
         )
 
-# %% ../../nbs/features/02_bows.ipynb #cell-018
+
 def bag_of_words(
     records: Sequence[str],  # texts in their order
     vocab_size: int = 10_000,  # n, at most
@@ -153,10 +149,13 @@ def bag_of_words(
     """Turn texts into binary vectors: x[s, i] = 1 if word i occurs in any record of window s.
 
     After the forced words come the most frequent ones (by number of records, ties in alphabetical
-    order). Windows without a word are dropped. Raises ValueError for sizes below 1, fewer records
-    than one window holds, or more forced words than the vocabulary.
+    order). Windows without a word are dropped.
     """
-    _check_bag(records, vocab_size, window, stride, forced)
+    require_at_least_one(vocab_size=vocab_size, window=window, stride=stride)
+    if len(records) < window:
+        raise ValueError(f"records must fill a window of {window}, got {len(records)} of them")
+    if len(set(forced)) > vocab_size:
+        raise ValueError(f"forced must hold at most {vocab_size} words, got {len(set(forced))}")
     if lowercase:
         forced = [word.lower() for word in forced]
     left_out = _stop_words(stop_words).difference(forced)
@@ -173,12 +172,10 @@ def bag_of_words(
     rows, columns = _window_union(record[order], words[order], starts, window, stride)
     return _as_rows(rows, columns, len(vocab), sparse), vocab
 
-# %% ../../nbs/features/02_bows.ipynb #cell-022
+# %% ../../nbs/features/02_bows.ipynb #cell-013
+#| code-fold: true
 class TiedAutoencoder(nn.Module):
-    """h = W x, x̂ = ReLU(W^T h + b): one matrix reads and writes; only the output has a bias.
-
-    Raises ValueError for m < 1, an unknown `init`, and (when called) for inputs not n wide.
-    """
+    """h = W x, x̂ = ReLU(W^T h + b): one matrix reads and writes; only the output has a bias."""
 
     def __init__(
         self,
@@ -190,11 +187,9 @@ class TiedAutoencoder(nn.Module):
         tied: bool = True,  # False: a decoder of its own, which starts as a copy
     ):
         super().__init__()
-        bounds = {"kaiming": math.sqrt(2 / max(n, 1)), "linear": 1 / math.sqrt(max(n, 1))}
-        if n < 1 or m < 1:
-            raise ValueError(f"n and m must be at least 1, got n = {n} and m = {m}")
-        if init not in bounds:
-            raise ValueError(f"init must be one of {list(bounds)}, got {init!r}")
+        require_at_least_one(n=n, m=m)
+        bounds = {"kaiming": math.sqrt(2 / n), "linear": 1 / math.sqrt(n)}
+        require_one_of(bounds, init=init)
         self.n, self.m, self.relu = n, m, relu
         start = torch.empty(m, n).uniform_(-bounds[init], bounds[init], generator=generator)
         self.weight = nn.Parameter(start)  # W, one column a word
@@ -208,8 +203,7 @@ class TiedAutoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return h = W x; a sparse CSR batch is fine."""
-        if x.shape[-1] != self.n:
-            raise ValueError(f"x must have {self.n} words, got shape {tuple(x.shape)}")
+        require_shape(..., self.n, x=x)
         return F.linear(x, self.weight)
 
     def decode(self, h: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch n"]:
@@ -226,17 +220,23 @@ class TiedAutoencoder(nn.Module):
         return self.readout.T @ self.weight
 
 # %% ../../nbs/features/02_bows.ipynb #cell-026
+#| code-fold: true
+def _picked(X: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (row, column, value) of what some rows of a CSR matrix hold, and where rows begin."""
+    ends = X.crow_indices()
+    counts = ends[index + 1] - ends[index]
+    offsets, rows = counts.cumsum(0) - counts, torch.repeat_interleave(counts)
+    places = torch.arange(len(rows), device=X.device) + (ends[index] - offsets)[rows]
+    return rows, X.col_indices()[places], X.values()[places], offsets
+
+
 def _dense_rows(X: Tensor, index: Tensor) -> Tensor:
     """Return the rows of a dense or sparse CSR matrix as a dense one."""
     if X.layout == torch.strided:
         return X.index_select(0, index)  # several times faster than X[index] on a CPU
-    ends, columns, values = X.crow_indices(), X.col_indices(), X.values()
-    counts = ends[index + 1] - ends[index]
-    rows = torch.repeat_interleave(counts)
-    skipped = ends[index] - counts.cumsum(0) + counts  # from a place in the batch to one in X
-    places = torch.arange(len(rows), device=X.device) + skipped[rows]
+    rows, columns, values, _ = _picked(X, index)
     dense = values.new_zeros(len(index), X.shape[1])
-    dense[rows, columns[places]] = values[places]
+    dense[rows, columns] = values
     return dense
 
 
@@ -245,7 +245,7 @@ def _parts(X: Tensor, size: int = 4096) -> Iterator[Tensor]:
     for index in torch.arange(X.shape[0], device=X.device).split(size):
         yield _dense_rows(X, index)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-027
+
 def _double(x: Tensor) -> Tensor:
     """Return `x` in float64, on the CPU where its device has no such numbers."""
     return (x.cpu() if x.device.type == "mps" else x).double()
@@ -257,35 +257,24 @@ def _check_matrix(X: Tensor) -> None:
             f"X must be (samples, words) floats, got {X.dtype} of shape {tuple(X.shape)}"
         )
 
-# %% ../../nbs/features/02_bows.ipynb #cell-028
+
 def learning_rates(
     lr: float,  # at the start
     steps: int,  # optimiser steps in all
     per_epoch: int,  # steps of one epoch
     schedule: str = "cosine",  # or "cosine-epoch" (moves once an epoch, ends at 1e-9), "constant"
 ) -> list[float]:  # one a step
-    """Return the learning rate of every step. Raises ValueError for an unknown schedule."""
+    """Return the learning rate of every step."""
+    require_one_of(["cosine", "cosine-epoch", "constant"], schedule=schedule)
     if schedule == "constant":
         return [lr] * steps
     if schedule == "cosine":
         return [lr * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
-    if schedule != "cosine-epoch":
-        known = "'cosine', 'cosine-epoch' or 'constant'"
-        raise ValueError(f"schedule must be {known}, got {schedule!r}")
     epochs, floor = -(-steps // per_epoch), 1e-9
     turns = (math.pi * (step // per_epoch) / epochs for step in range(steps))
     return [floor + (lr - floor) * (1 + math.cos(turn)) / 2 for turn in turns]
 
-# %% ../../nbs/features/02_bows.ipynb #cell-029
-def _num_steps(steps: int | None, epochs: int | None, per_epoch: int) -> int:
-    if steps is not None and epochs is not None:
-        raise ValueError(f"give steps or epochs, not both: got {steps} and {epochs}")
-    total = steps if steps is not None else (10 if epochs is None else epochs) * per_epoch
-    if total < 1:
-        raise ValueError(f"steps or epochs must be at least 1, got {steps} and {epochs}")
-    return total
 
-# %% ../../nbs/features/02_bows.ipynb #cell-030
 LOSSES = {"mse": F.mse_loss, "bce": F.binary_cross_entropy_with_logits}
 MANY_WORDS = 2000  # from here on a sparse encoder is faster than a dense one (measured)
 
@@ -300,18 +289,13 @@ def _batch_loss(model: TiedAutoencoder, X: Tensor, index: Tensor, loss) -> Tenso
     if X.layout == torch.strided or X.shape[1] < MANY_WORDS:
         x = _dense_rows(X, index)
         return loss(model(x), x)
-    ends, columns, values = X.crow_indices(), X.col_indices(), X.values()
-    counts = ends[index + 1] - ends[index]
-    offsets = counts.cumsum(0) - counts
-    rows = torch.repeat_interleave(counts)
-    places = torch.arange(len(rows), device=X.device) + (ends[index] - offsets)[rows]
-    columns, values = columns[places], values[places]
+    rows, columns, values, offsets = _picked(X, index)
     h = F.embedding_bag(columns, model.weight.T, offsets, mode="sum", per_sample_weights=values)
     x = values.new_zeros(len(index), X.shape[1])
     x[rows, columns] = values
     return loss(model.decode(h), x)
 
-# %% ../../nbs/features/02_bows.ipynb #21b43fbe
+
 def fit_autoencoder(
     X: Float[Tensor, "samples n"],  # dense or sparse CSR; the model is trained on its device
     m: int,  # latent dimensions
@@ -330,19 +314,18 @@ def fit_autoencoder(
 ) -> tuple[TiedAutoencoder, list[float]]:  # the model, the loss of every step
     """Train an autoencoder with AdamW on the mean loss over samples and words.
 
-    The model of "bce" has no ReLU: a probability is the sigmoid of its output.
-
-    Raises ValueError for settings out of range and FloatingPointError if the loss went astray.
+    The model of "bce" has no ReLU: a probability is the sigmoid of its output. Raises
+    FloatingPointError if the loss went astray.
     """
     _check_matrix(X)
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {list(LOSSES)}, got {loss!r}")
+    require_at_least_one(batch=batch, steps=steps, epochs=epochs)
+    require_one_of(LOSSES, loss=loss)
+    if steps is not None and epochs is not None:
+        raise ValueError(f"give steps or epochs, not both: got {steps} and {epochs}")
     relu = relu and loss == "mse"
     samples, n = X.shape
     per_epoch = -(-samples // batch)
-    steps = _num_steps(steps, epochs, per_epoch)
+    steps = steps or (epochs or 10) * per_epoch
     rates = learning_rates(lr, steps, per_epoch, schedule)
     generator = torch.Generator().manual_seed(seed)
     model = TiedAutoencoder(n, m, relu, init, generator, tied).to(X.device, X.dtype)
@@ -371,9 +354,9 @@ def fit_autoencoder(
     return model, losses
 
 # %% ../../nbs/features/02_bows.ipynb #cell-032
+#| code-fold: true
 def _check_bow(num_samples: int, n: int, noise: float = 0.0) -> None:
-    if num_samples < 1 or n < 1:
-        raise ValueError(f"num_samples and n must be at least 1, got {num_samples} and {n}")
+    require_at_least_one(num_samples=num_samples, n=n)
     if noise < 0:
         raise ValueError(f"noise must not be negative, got {noise}")
 
@@ -393,9 +376,10 @@ def _on_curve(curve, num_samples, n, sharpness, log_odds, noise, seed) -> Tensor
     places = angles[np.arange(num_samples) % n]
     if noise > 0:
         places = places + random.normal(0, noise, num_samples)
-    return _below(draws, sharpness * curve(places) @ curve(angles).T + log_odds)
+    words, samples = (np.stack([f(angle) for f in curve], 1) for angle in (angles, places))
+    return _below(draws, sharpness * samples @ words.T + log_odds)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-033
+
 def circular_bow(
     num_samples: int,
     n: int = 12,  # words, at angles 2 pi i / n
@@ -405,13 +389,10 @@ def circular_bow(
     seed: int = 42,
 ) -> Float[Tensor, "samples n"]:  # 0s and 1s
     """Draw words on a circle: P(x_i = 1) = sigmoid(alpha v_i . u_s + beta)."""
-
-    def circle(angle):
-        return np.stack([np.cos(angle), np.sin(angle)], axis=1)
-
+    circle = (np.cos, np.sin)
     return _on_curve(circle, num_samples, n, sharpness, log_odds, noise, seed)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-034
+
 def figure8_bow(
     num_samples: int,
     n: int = 12,
@@ -421,13 +402,10 @@ def figure8_bow(
     seed: int = 42,
 ) -> Float[Tensor, "samples n"]:
     """Draw words on a figure of eight, v = (sin t, sin 2t); arguments as in `circular_bow`."""
-
-    def eight(angle):
-        return np.stack([np.sin(angle), np.sin(2 * angle)], axis=1)
-
+    eight = (np.sin, lambda angle: np.sin(2 * angle))
     return _on_curve(eight, num_samples, n, sharpness, log_odds, noise, seed)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-035
+
 def sphere_bow(
     num_samples: int,
     n: int = 12,
@@ -442,10 +420,8 @@ def sphere_bow(
     draws = random.random_sample((num_samples, 2 + n))
 
     def point(longitude, colatitude):
-        ring = np.sin(colatitude)
-        return np.stack(
-            [np.cos(longitude) * ring, np.sin(longitude) * ring, np.cos(colatitude)], axis=1
-        )
+        ring, height = np.sin(colatitude), np.cos(colatitude)
+        return np.stack([np.cos(longitude) * ring, np.sin(longitude) * ring, height], axis=1)
 
     half = np.arange(n) + 0.5
     words = point(math.pi * (1 + 5**0.5) * half, np.arccos(1 - 2 * half / n))
@@ -455,7 +431,7 @@ def sphere_bow(
         places /= np.linalg.norm(places, axis=1, keepdims=True)
     return _below(draws[:, 2:], sharpness * places @ words.T + log_odds)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-036
+
 def iid_bow(
     num_samples: int,
     p: float,  # probability of every word
@@ -464,12 +440,12 @@ def iid_bow(
 ) -> Float[Tensor, "samples n"]:
     """Draw independent words: the control without any correlation."""
     _check_bow(num_samples, n)
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must be a probability, got {p}")
+    require_probability(p=p)
     draws = np.random.RandomState(seed).random_sample((num_samples, n))
     return torch.from_numpy(draws < p).float()
 
-# %% ../../nbs/features/02_bows.ipynb #cell-039
+# %% ../../nbs/features/02_bows.ipynb #cell-034
+#| code-fold: true
 def shuffle_columns(
     X: Float[Tensor, "samples n"],  # dense or sparse CSR
     generator: torch.Generator | None = None,  # on the CPU
@@ -478,7 +454,6 @@ def shuffle_columns(
     _check_matrix(X)
     samples, n = X.shape
     if X.layout == torch.strided:
-        # A permutation a column: six times cheaper than sorting N x n random keys.
         orders = (torch.randperm(samples, generator=generator).to(X.device) for _ in range(n))
         columns = [column[order] for column, order in zip(X.T, orders, strict=True)]
         return torch.stack(columns, dim=1)
@@ -492,7 +467,7 @@ def shuffle_columns(
             torch.stack([rows, columns]), values, X.shape
         ).to_sparse_csr()
 
-# %% ../../nbs/features/02_bows.ipynb #cell-042
+
 def _moments(X: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean (n,) and covariance (n, n) of a dense or sparse CSR matrix, in float64."""
     first, second = 0, 0
@@ -502,15 +477,14 @@ def _moments(X: Tensor) -> tuple[Tensor, Tensor]:
     mean = first / X.shape[0]
     return mean, second / X.shape[0] - torch.outer(mean, mean)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-043
+
 def pca_solution(
     X: Float[Tensor, "samples n"],
     m: int,  # latent dimensions, 0..n
 ) -> tuple[Float[Tensor, "m n"], Float[Tensor, " n"], float]:  # W, b and the smallest loss
     """Return the best linear autoencoder in closed form: PCA."""
     _check_matrix(X)
-    if not 0 <= m <= X.shape[1]:
-        raise ValueError(f"m must be in 0..{X.shape[1]}, got {m}")
+    require_between(0, X.shape[1], m=m)
     mean, covariance = _moments(X)
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     split = X.shape[1] - m
@@ -531,6 +505,7 @@ def preactivation_parts(
     return {"self": own, "interference": whole - own, "bias": model.bias.expand_as(own)}
 
 # %% ../../nbs/features/02_bows.ipynb #cell-050
+#| code-fold: true
 @torch.no_grad()
 def interference_stats(
     model: TiedAutoencoder,
@@ -539,8 +514,7 @@ def interference_stats(
 ) -> dict[str, float]:
     """Average the interference on active and on inactive words: per word, then over words.
 
-    Keys: active, inactive, positive_share, positive_share_inactive, self, bias. Raises ValueError
-    if no word is active in `min_active` samples.
+    Keys: active, inactive, positive_share, positive_share_inactive, self, bias.
     """
     _check_matrix(X)
     sums = 0
@@ -564,7 +538,7 @@ def interference_stats(
         "bias": model.bias[kept.to(X.device)].mean().item(),
     }
 
-# %% ../../nbs/features/02_bows.ipynb #cell-052
+
 @torch.no_grad()
 def feature_r2(
     model: TiedAutoencoder,
@@ -581,7 +555,7 @@ def feature_r2(
     r2 = torch.where(total > 1e-9 * second, 1 - residual / total, torch.nan)
     return r2.to(X.dtype).to(X.device)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-053
+
 @torch.no_grad()
 def one_hot_r2(model: TiedAutoencoder) -> Float[Tensor, " n"]:
     """Return R^2 of each word over the n samples that hold a single word each."""
@@ -592,7 +566,7 @@ def one_hot_r2(model: TiedAutoencoder) -> Float[Tensor, " n"]:
     total = 1 - 1 / model.n  # one 1 among n
     return 1 - residual / total if total else torch.full_like(residual, torch.nan)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-055
+
 def word_correlations(
     X: Float[Tensor, "samples n"],  # dense or sparse CSR
 ) -> Float[Tensor, "n n"]:  # nan in the row and column of a word that does not vary
@@ -604,15 +578,14 @@ def word_correlations(
     correlation = covariance / torch.outer(variance, variance).sqrt()
     return correlation.to(X.dtype).to(X.device)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-056
+
 def gram_alignment(
     G: Float[Tensor, "n n"],  # overlaps of the words
     C: Float[Tensor, "n n"],  # correlations of the words
 ) -> float:  # in [-1, 1]
     """Return the Pearson correlation between the off-diagonal entries of G and C.
 
-    Words without variance (nan in C) are ignored. Raises ValueError if the shapes differ or fewer
-    than three words are left.
+    Words without variance (nan in C) are ignored.
     """
     if G.shape != C.shape or G.ndim != 2 or G.shape[0] != G.shape[1]:
         raise ValueError(f"G and C must be n x n, got {tuple(G.shape)} and {tuple(C.shape)}")
@@ -622,21 +595,18 @@ def gram_alignment(
         raise ValueError("C must correlate at least three words that vary")
     return torch.corrcoef(_double(torch.stack([G[pairs], C[pairs].to(G)])))[0, 1].item()
 
-# %% ../../nbs/features/02_bows.ipynb #cell-058
+
 def _nearest_columns(W: Tensor, k: int) -> Tensor:
     """Return the k most similar other columns (cosine) of each column: (n, k)."""
     unit = F.normalize(W, dim=0)
     cosine = unit.T @ unit
     return cosine.fill_diagonal_(-torch.inf).topk(k).indices
 
-# %% ../../nbs/features/02_bows.ipynb #cell-059
+
 def neighbour_order_score(
     W: Float[Tensor, "m n"],  # a column a word, words in calendar order
 ) -> float:  # chance is 2 / (n - 1)
-    """Return the share of the two nearest columns (cosine) that are calendar neighbours.
-
-    Raises ValueError for fewer than three words.
-    """
+    """Return the share of the two nearest columns (cosine) that are calendar neighbours."""
     n = W.shape[-1]
     if W.ndim != 2 or n < 3:
         raise ValueError(f"W must be (m, n) with n >= 3 columns, got shape {tuple(W.shape)}")
@@ -644,7 +614,7 @@ def neighbour_order_score(
     step = (nearest - torch.arange(n, device=W.device)[:, None]) % n
     return ((step == 1) | (step == n - 1)).float().mean().item()
 
-# %% ../../nbs/features/02_bows.ipynb #cell-061
+
 def word_topics(
     X: Float[Tensor, "samples n"],
     labels: Int[Tensor, " samples"],  # topic 0, 1, … of each sample
@@ -652,25 +622,22 @@ def word_topics(
 ) -> Int[Tensor, " n"]:  # -1 for a word of no topic
     """Return the topic with the largest lift P(word | topic) / P(word), if above `min_lift`."""
     _check_matrix(X)
-    if labels.shape != X.shape[:1]:
-        raise ValueError(f"labels must be ({len(X)},), got shape {tuple(labels.shape)}")
+    require_shape(len(X), labels=labels)
     member = F.one_hot(labels).to(X.dtype)
     given_topic = (member / member.sum(0).clamp(min=1)).T @ X  # (topics, n)
     lift, topic = (given_topic / X.mean(0)).nan_to_num(0).max(0)
     return topic.masked_fill(lift <= min_lift, -1)
 
-# %% ../../nbs/features/02_bows.ipynb #cell-062
+
 def same_topic_neighbours(
     W: Float[Tensor, "m n"],
     topics: Int[Tensor, " n"],  # -1 for words to leave out
     k: int = 5,
 ) -> float:
     """Return the share of the k nearest labelled words (cosine) that have the word's own topic."""
-    if W.ndim != 2 or topics.shape != W.shape[1:]:
-        raise ValueError(f"topics must be ({W.shape[-1]},), got shape {tuple(topics.shape)}")
+    require_shape(W.shape[-1], topics=topics)
     known = topics >= 0
-    if not 1 <= k < known.sum():
-        raise ValueError(f"k must be in 1..{int(known.sum()) - 1}, got {k}")
+    require_between(1, int(known.sum()) - 1, k=k)
     own = topics[known]
     nearest = _nearest_columns(W[:, known], k)
     return (own[nearest] == own[:, None]).float().mean().item()
