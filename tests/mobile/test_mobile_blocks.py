@@ -13,6 +13,7 @@ from shuffle_nb.mobile.mobile_blocks import (
     plane_mean,
     rename_by_order,
     require_maps,
+    resnet18_parts,
     rounded_channels,
 )
 
@@ -120,3 +121,13 @@ def test_counters_of_batches_may_be_missing():
 def test_other_weights_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         rename_by_order(small_network().state_dict() | change, small_network)
+
+
+def test_resnet18_for_small_images():
+    features, classifier = resnet18_parts(100)
+    assert (
+        sum(p.numel() for part in (features, classifier) for p in part.parameters()) == 11_220_132
+    )
+    maps = features(torch.randn(2, 3, 32, 32))
+    assert maps.shape == (2, 512, 4, 4) and (maps >= 0).all()
+    assert classifier(maps.mean((2, 3))).shape == (2, 100)

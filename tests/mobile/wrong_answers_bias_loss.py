@@ -18,11 +18,3 @@ def check_step_factors__both_shrink(z):
 
 def check_step_factors__exchanged(z):
     return {"sgd": 1.0, "adam": z}
-
-
-def check_silence__the_default(alpha):
-    return 0.3
-
-
-def check_silence__silences_the_most_diverse(alpha):
-    return 2.718281828459045**alpha
