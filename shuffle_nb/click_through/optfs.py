@@ -72,10 +72,11 @@ class GatedEmbedding(FeatureGates):
 
     def look_up(self, ids: Int[Tensor, "batch fields"]) -> Float[Tensor, "batch fields dim"]:
         """Return gated rows; the ids are not checked."""
-        flat = ids.flatten()
-        gate = self.gate_of(self.logit.index_select(0, flat))  # only of ids in the batch
-        rows = gate[:, None] * self.weight.index_select(0, flat)
-        return rows.view(*ids.shape, self.weight.shape[1])
+        if len(self.logit) <= ids.numel():  # a small table: gate all of it once
+            rows = self.gates()[:, None] * self.weight
+            return rows.index_select(0, ids.flatten()).view(*ids.shape, -1)
+        gate = self.gate_of(self.logit.index_select(0, ids.flatten()))
+        return gate.view(*ids.shape, 1) * F.embedding(ids, self.weight)
 
     def forward(
         self,
@@ -214,7 +215,8 @@ class OptFS:
         if not isinstance(getattr(model, "embedding", None), GatedEmbedding):
             raise ValueError(f"model must hold a GatedEmbedding as embedding, got {type(model)}")
         self.model, self.lam, self.rewind_epoch = model, lam, rewind_epoch
-        self.lr, self.weight_decay, self.snapshot = lr, weight_decay, None
+        self.lr, self.weight_decay = lr, weight_decay
+        self.snapshot, self.history = None, []  # of the last search
 
     def search(
         self,
@@ -222,7 +224,7 @@ class OptFS:
         valid: Rows | None = None,
     ) -> list[dict]:  # an epoch: epoch, temperature, loss, ratio, valid_auc, logits
         """Train weights and gates together while the gates get steeper."""
-        gates, history = self.model.embedding, []
+        gates, self.history = self.model.embedding, []
         self._harden(False)
         optimizer = self._adam()
         for epoch, temperature in enumerate(self.temperatures):
@@ -233,8 +235,8 @@ class OptFS:
             found["loss"] = self._epoch(optimizer, batches, self.lam)
             found["valid_auc"] = None if valid is None else self._auc(valid)
             found |= {"ratio": gates.ratio(), "logits": gates.logit.detach().clone()}
-            history.append(found)
-        return history
+            self.history.append(found)
+        return self.history
 
     def rewind(self) -> None:
         """Harden and freeze the gates, and bring the weights of epoch R back."""
@@ -268,9 +270,9 @@ class OptFS:
 
     def fit(self, batches: Iterable[Rows], valid: Rows, **options: int) -> dict[str, list]:
         """Search, rewind, retrain; `options` are those of `retrain`."""
-        history = self.search(batches, valid)
+        self.search(batches, valid)
         self.rewind()
-        return {"search": history, "retrain": self.retrain(batches, valid, **options)}
+        return {"search": self.history, "retrain": self.retrain(batches, valid, **options)}
 
     def _harden(self, hard: bool) -> None:
         self.model.embedding.hard = hard

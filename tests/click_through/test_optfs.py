@@ -138,6 +138,22 @@ def test_gradients_in_double_precision(build):
     assert torch.autograd.gradcheck(loss, values)
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_small_and_large_tables_take_two_ways_to_one_result(hard):
+    table = GatedEmbedding(15, 4).double()
+    table.logit.data, table.temperature, table.hard = torch.randn(15).double(), 3.0, hard
+    few = ids(4) + torch.tensor([0, 5, 9])  # 12 ids: the gates of these alone are made
+    many = few.repeat(2, 1)
+    found = []
+    for x, share in ((few, 1.0), (many, 0.5)):
+        weights = [table.weight] if hard else [table.weight, table.logit]
+        e = table(x)
+        gradients = torch.autograd.grad(share * e.square().sum(), weights)
+        found.append([e[:4], *gradients])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second)
+
+
 def test_an_embedding_of_global_ids_is_that_of_the_models_table():
     model, x = GatedFM(CARDS, 4), ids()
     e = model.embedding(x + model.offsets)
