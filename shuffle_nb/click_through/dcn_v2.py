@@ -93,9 +93,14 @@ class CrossLayer(nn.Module):
             y = self.preactivation(y)
         if self.diag_scale:
             y = y + self.diag_scale * x
-        return torch.addcmul(x, x0, y) if self.residual else x0 * y
+        return _added(x0, y, x) if self.residual else x0 * y
 
 # %% ../../nbs/click_through/01_dcn_v2.ipynb #599d114d
+def _added(x0: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """x0 * y + x. One operation keeps less, but its gradient would keep more."""
+    return x0 * y + x if torch.is_grad_enabled() else torch.addcmul(x, x0, y)
+
+
 def _check_same(dim: int, x0: Tensor, x: Tensor) -> None:
     if x0.shape == x.shape and x.ndim == 2 and x.shape[1] == dim:
         return
@@ -218,7 +223,7 @@ class CrossNetMix(nn.Module):
                 code = code * gates[:, :, None]
                 if self.gate == "sigmoid":
                     bias = gates.sum(1, keepdim=True) * self.bias[layer]
-            x = torch.addcmul(x, x0, code.flatten(1) @ U + bias)
+            x = _added(x0, code.flatten(1) @ U + bias, x)
         return x
 
 # %% ../../nbs/click_through/01_dcn_v2.ipynb #7806d701

@@ -29,8 +29,11 @@ from shuffle_nb.click_through.data import (
     load_ctr,
     logloss,
     mlp,
+    pair_auc,
+    pair_excess,
     part_auc,
     planted_ctr,
+    planted_pairs,
     rela_impr,
     table_ctr,
 )
@@ -251,6 +254,17 @@ def test_relative_improvement_counts_from_guessing():
 def test_scores_that_cannot_be(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_counting_finds_pairs_and_their_truth_is_known():
+    data = planted_ctr(n=60_000, triples=(), w1=0.3)
+    truth, excess = planted_pairs(data), pair_excess(data)
+    assert truth.sum() == 6 and all(truth[pair] == 1 for pair in data.pairs)
+    assert torch.equal(truth, truth.T) and torch.equal(excess, excess.T)
+    assert pair_auc(excess, data) == 1 and pair_auc(-excess, data) == 0
+    unplanted = excess[(truth == 0) & ~torch.eye(8, dtype=torch.bool)]
+    assert unplanted.abs().mean() < 3 < 20 < excess[truth == 1].min()
+    assert planted_pairs(planted_ctr()).sum() == 2 * (3 + 6)
 
 
 # What the models share -----------------------------------------------------------------------

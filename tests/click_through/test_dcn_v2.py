@@ -177,6 +177,14 @@ def test_rows_do_not_touch_each_other(make):
 
 
 @every_net
+def test_without_gradients_the_numbers_stay(make):
+    net, x = filled(make(6)), rows(5, 6)
+    with torch.no_grad():
+        found = net(x)
+    torch.testing.assert_close(net(x), found)
+
+
+@every_net
 def test_gradients(make):
     net, x = filled(make(5)), rows(3, 5).requires_grad_()
     assert torch.autograd.gradcheck(net, (x,))
