@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIXART_POSITIONS', 'PIXART_GROUPS', 'OFFICIAL_NAMES', 'shuffle_2d', 'unshuffle_2d', 'window_attention',
-           'ShuffleAttention', 'mix_plain', 'group_sizes', 'TwoDimShuffleMixer', 'grouped_attention', 'mix_fast',
-           'ControlBlock', 'RelevanceControlBlock', 'CopiedBlock', 'RelaCtrl', 'load_relactrl_weights',
-           'relevance_score', 'select_layers', 'allocate_groups', 'count_params', 'mixer_flops']
+           'ShuffleAttention', 'mix_plain', 'group_sizes', 'TwoDimShuffleMixer', 'mix_fast', 'ControlBlock',
+           'RelevanceControlBlock', 'CopiedBlock', 'RelaCtrl', 'load_relactrl_weights', 'relevance_score',
+           'select_layers', 'allocate_groups', 'count_params', 'mixer_flops']
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-003
 import copy
@@ -265,69 +265,24 @@ class TwoDimShuffleMixer(nn.Module):
             require(length * size, **{f"token_perms[{group}]": perm})
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-023
-def grouped_attention(
-    z: Float[Tensor, "groups windows tokens dim"],  # windows attend within themselves
-    qkv_weight: Float[Tensor, "groups three_dim dim"],  # as nn.Linear stores it, one a group
-    qkv_bias: Float[Tensor, "groups three_dim"],
-    proj_weight: Float[Tensor, "groups dim dim"],
-    proj_bias: Float[Tensor, "groups dim"],
-    num_heads: int,
-) -> Float[Tensor, "groups windows tokens dim"]:
-    """Multi-head self-attention in every window, with different weights for each group."""
-    groups, windows, tokens, dim = z.shape
-    rows = z.reshape(groups, windows * tokens, dim)
-    qkv = torch.baddbmm(qkv_bias[:, None], rows, qkv_weight.mT)
-    heads = qkv.view(groups * windows, tokens, 3, num_heads, dim // num_heads)
-    query, key, value = heads.permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-    rows = mixed.reshape(groups, windows * tokens, dim)
-    return torch.baddbmm(proj_bias[:, None], rows, proj_weight.mT).view_as(z)
-
-
-def _source(
-    channels: Tensor,  # (n, size) the channels of n groups of one size
-    perms: Tensor,  # (n, length * size)
-    dim: int,  # d
-) -> Tensor:  # (n * length * size,) where in the flat (length * dim) state each scalar comes from
-    """Combine channel and token shuffle to one index."""
-    length = perms.shape[1] // channels.shape[1]
-    # Half as many bytes for this randomly read table; the index itself must be int64.
-    kind = torch.int32 if length * dim < 2**31 else torch.int64
-    rows = torch.arange(length, dtype=kind, device=perms.device) * dim
-    table = channels.to(kind)[:, None] + rows[:, None]  # (n, length, size)
-    return table.flatten(1).gather(1, perms).flatten().long()
-
-
 def mix_fast(
     attentions: nn.ModuleList | Sequence[ShuffleAttention],
     u: Float[Tensor, "batch length dim"],
     channel_perm: Int[Tensor, " dim"],
     token_perms: Sequence[Tensor],
 ) -> Float[Tensor, "batch length dim"]:
-    """What `mix_plain` does: one read, one product for each distinct size of a group, one write."""
+    """What `mix_plain` does: both shuffles as one index, which reads a group and writes it back."""
     batch, length, dim = u.shape
-    segments, num_heads = attentions[0].segments, attentions[0].num_heads
-    sizes = [attend.dim for attend in attentions]
-    runs = {size: [g for g, own in enumerate(sizes) if own == size] for size in sizes}
-    shuffles = channel_perm.split(sizes), token_perms
-    pairs = ((torch.stack([of[g] for g in run]) for of in shuffles) for run in runs.values())
-    source = torch.cat([_source(*pair, dim) for pair in pairs])
-    parts = u.flatten(1).index_select(1, source)
-    parts = parts.split([length * size * len(run) for size, run in runs.items()], dim=1)
-    mixed = []
-    for part, (size, run) in zip(parts, runs.items(), strict=True):
-        # (B, n L size) -> (n, B S, L / S, size): groups first, as the batched product wants them
-        z = part.view(batch, len(run), -1).transpose(0, 1)
-        z = z.reshape(len(run), batch * segments, length // segments, size)
-        weights = [
-            torch.stack([getattr(getattr(attentions[g], layer), name) for g in run])
-            for layer in ("qkv", "proj")
-            for name in ("weight", "bias")
-        ]
-        z = grouped_attention(z, *weights, num_heads).view(len(run), batch, -1)
-        mixed.append(z.transpose(0, 1).reshape(batch, -1))
-    flat = torch.cat(mixed, dim=1)
-    return torch.zeros_like(flat).scatter_(1, source.expand_as(flat), flat).view_as(u)
+    flat, mixed = u.flatten(1), u.new_zeros(batch, length * dim)
+    rows = torch.arange(length, device=u.device)[:, None] * dim
+    groups = channel_perm.split([attend.dim for attend in attentions])
+    for attend, channels, perm in zip(attentions, groups, token_perms, strict=True):
+        places = (rows + channels).flatten().index_select(0, perm)
+        z = flat.index_select(1, places).view(batch * attend.segments, -1, attend.dim)
+        z = window_attention(z, attend.qkv, attend.proj, attend.num_heads)
+        z = z.view(batch, -1).to(u.dtype)
+        mixed.scatter_(1, places.expand_as(z), z)
+    return mixed.view_as(u)
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-026
 class ControlBlock(nn.Module):
@@ -417,16 +372,14 @@ class RelaCtrl(nn.Module):
         self.positions = _check_positions(positions, len(base.blocks))
         self.hold_skip, self.checkpoint = hold_skip, checkpoint
         self.base = base.requires_grad_(False).eval()
+        first = [place == 0 for place in range(len(self.positions))]
         if block_factory is None:
-            per_block = _check_groups(groups, len(self.positions))
-
-            def block_factory(position: int, first: bool) -> nn.Module:
-                place = self.positions.index(position)
-                return RelevanceControlBlock(base.dim, per_block[place], first, **options)
-
-        self.controls = nn.ModuleList(
-            block_factory(position, place == 0) for place, position in enumerate(self.positions)
-        )
+            groups = _check_groups(groups, len(self.positions))
+            pairs = zip(groups, first, strict=True)
+            made = [RelevanceControlBlock(base.dim, *pair, **options) for pair in pairs]
+        else:
+            made = map(block_factory, self.positions, first)
+        self.controls = nn.ModuleList(made)
 
     def train(self, mode: bool = True) -> "RelaCtrl":
         """Switch the branch; the frozen base stays in evaluation mode."""

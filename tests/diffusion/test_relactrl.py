@@ -22,7 +22,6 @@ from shuffle_nb.diffusion.relactrl import (
     allocate_groups,
     count_params,
     group_sizes,
-    grouped_attention,
     load_relactrl_weights,
     mixer_flops,
     relevance_score,
@@ -174,18 +173,6 @@ def test_group_sizes_are_multiples_nearly_even_and_sum_to_dim(groups, more, mult
 # ---------------------------------------------------------------- attention and mixer
 
 
-def test_grouped_attention_is_each_groups_own_attention():
-    layers = [ShuffleAttention(8, num_heads=2).double() for _ in range(3)]
-    z = torch.randn(3, 5, 4, 8, dtype=torch.float64)
-    weights = (
-        torch.stack([layer.get_parameter(name) for layer in layers])
-        for name in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias")
-    )
-    ours = grouped_attention(z, *weights, 2)
-    expected = torch.stack([plain_attention(a, part) for a, part in zip(layers, z, strict=True)])
-    torch.testing.assert_close(ours, expected)
-
-
 def test_attention_with_one_segment_and_no_shuffle_is_ordinary_attention():
     layer = ShuffleAttention(8, num_heads=2, segments=1, shuffle=False).double()
     x = torch.randn(2, 6, 8, dtype=torch.float64)
@@ -233,18 +220,6 @@ def test_the_mixer_equals_its_own_attentions_group_by_group(shuffle, dim_groups_
     torch.testing.assert_close(mixer.mix(u, *fixed), expected)
 
 
-def test_groups_of_one_size_run_in_one_pass(monkeypatch):
-    shapes = []
-
-    def watched(z, *rest):
-        shapes.append(tuple(z.shape))
-        return grouped_attention(z, *rest)
-
-    monkeypatch.setattr("shuffle_nb.diffusion.relactrl.grouped_attention", watched)
-    TwoDimShuffleMixer(256, 6).mix(torch.randn(1, 4, 256))
-    assert shapes == [(4, 4, 1, 32), (2, 4, 1, 64)]
-
-
 def test_one_segment_one_group_no_shuffle_is_the_adaptive_attention_residual():
     mixer = TwoDimShuffleMixer(16, 1, segments=1, shuffle=False, multiple=16).double()
     c, t_mod = torch.randn(2, 6, 16).double(), torch.randn(2, 96).double()
@@ -256,8 +231,7 @@ def test_one_segment_one_group_no_shuffle_is_the_adaptive_attention_residual():
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_with_attention_as_identity_the_residual_is_gate_times_input(shuffle, monkeypatch):
-    for name in ("grouped_attention", "window_attention"):
-        monkeypatch.setattr(f"shuffle_nb.diffusion.relactrl.{name}", lambda z, *rest: z)
+    monkeypatch.setattr("shuffle_nb.diffusion.relactrl.window_attention", lambda z, *rest: z)
     mixer = TwoDimShuffleMixer(256, 6, shuffle=shuffle)
     c, t_mod = torch.randn(3, 8, 256), torch.randn(3, 6 * 256)
     shift, scale, gate = (mixer.table + t_mod.view(3, 6, 256))[:, :3, None].unbind(1)
