@@ -213,7 +213,7 @@ def test_the_same_path_three_times(path):
 
 
 def module_of(path):
-    """The module that a notebook exports to: said first, or after the cell that installs on Colab."""
+    """The module that a notebook exports to; the cell that installs on Colab may come first."""
     exports = rf"^#\| default_exp {path.parent.name}\.(\w+)$"
     return re.search(exports, "\n".join(sources(path, "code")[:2]), flags=re.M)[1]
 

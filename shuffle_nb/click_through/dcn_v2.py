@@ -95,7 +95,7 @@ class CrossLayer(nn.Module):
             y = y + self.diag_scale * x
         return _added(x0, y, x) if self.residual else x0 * y
 
-# %% ../../nbs/click_through/01_dcn_v2.ipynb #599d114d
+
 def _added(x0: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """x0 * y + x. One operation keeps less, but its gradient would keep more."""
     return x0 * y + x if torch.is_grad_enabled() else torch.addcmul(x, x0, y)
@@ -226,7 +226,7 @@ class CrossNetMix(nn.Module):
             x = _added(x0, code.flatten(1) @ U + bias, x)
         return x
 
-# %% ../../nbs/click_through/01_dcn_v2.ipynb #7806d701
+
 def _normal(fans: int, *shape: int) -> nn.Parameter:
     """Xavier's spread for a given number of inputs and outputs."""
     return nn.Parameter(torch.randn(shape) * (2 / fans) ** 0.5)
