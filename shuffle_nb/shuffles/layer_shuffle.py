@@ -17,7 +17,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..foundations.arguments import require_at_least_one
+from shuffle_nb.foundations.arguments import (
+    drawing_device,
+    require_at_least_one,
+    require_between,
+    require_one_of,
+    require_permutation,
+    require_probability,
+    require_shape,
+)
 from .selective_scan import scan, selective_scan
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #e9a15fe2
@@ -42,37 +50,11 @@ def sample_permutation(
         perm = torch.randperm(num_tokens, device=device, generator=generator)
         coin = torch.rand((), device=device, generator=generator)
         return torch.where(coin < prob, perm, torch.arange(num_tokens, device=device))
-    home = "cpu" if generator is None else generator.device  # the coin: no waiting for a GPU
-    if torch.rand((), device=home, generator=generator).item() >= prob:
+    coin_home = drawing_device(generator, "cpu")  # no waiting for a GPU
+    if torch.rand((), device=coin_home, generator=generator).item() >= prob:
         return None
-    home = device if generator is None else generator.device
+    home = drawing_device(generator, device)
     return torch.randperm(num_tokens, device=home, generator=generator).to(device)
-
-# %% ../../nbs/shuffles/02_layer_shuffle.ipynb #17661c96
-def _check_probability(value: float, name: str) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a probability in [0, 1], got {value}")
-
-
-def _check_tokens(x: Tensor, residual: Tensor | None, perm: Tensor | None) -> None:
-    """Raise ValueError unless the arguments of `layer_shuffle` fit each other."""
-    if x.ndim != 3:
-        raise ValueError(f"x must be (batch, tokens, channels), got shape {tuple(x.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"residual must have the shape of x, expected {tuple(x.shape)}, "
-            f"got {tuple(residual.shape)}"
-        )
-    if perm is None:
-        return
-    expected = f"perm must be a permutation of range({x.shape[1]})"
-    if perm.shape != x.shape[1:2] or perm.dtype != torch.long:
-        raise ValueError(f"{expected}, got shape {tuple(perm.shape)} of {perm.dtype}")
-    # Looking at values would break the graph of a compiled model, so only eager calls look.
-    if not torch.compiler.is_compiling():
-        found = perm.sort().values
-        if not torch.equal(found, torch.arange(len(perm), device=perm.device)):
-            raise ValueError(f"{expected}, got {perm.tolist()}")
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #3cab94d1
 # Gradient checkpointing runs a layer again during the backward pass. It restores PyTorch's global
@@ -126,8 +108,12 @@ def layer_shuffle(
     Raises ValueError for a `prob` outside [0, 1], an `x` that is not (batch, T, d), a residual of
     another shape, or a `perm` that is no permutation of range(T).
     """
-    _check_probability(prob, "prob")
-    _check_tokens(x, residual, perm if training else None)
+    require_probability(prob=prob)
+    require_shape("batch", "tokens", "channels", x=x)
+    require_shape(*x.shape, residual=residual)
+    if training and perm is not None:
+        require_shape(x.shape[1], perm=perm)
+        require_permutation(x.shape[1], perm=perm)
     streams = (x,) if residual is None else (x, residual)
     if training and perm is None:
         perm = _draw(layer, x, prob, generator)
@@ -136,7 +122,7 @@ def layer_shuffle(
             _remember(streams[0], layer, perm)
     if perm is None or not training:
         return layer(*streams)
-    perm = perm.to(x.device)
+    perm = perm.to(x.device, torch.long)
     outputs = layer(*(stream.index_select(1, perm) for stream in streams))
     back = inverse_permutation(perm)
     if isinstance(outputs, Tensor):
@@ -154,13 +140,12 @@ def shuffle_probs(
     Raises ValueError for a depth below 1, a rate outside [0, 1] or an unknown schedule.
     """
     require_at_least_one(depth=depth)
-    _check_probability(rate, "rate")
+    require_probability(rate=rate)
     line = [rate * layer / max(depth - 1, 1) for layer in range(depth)]
     schedules = {
         "linear": line, "reverse": line[::-1], "constant": [rate / 2] * depth, "none": [0.0] * depth
     }  # fmt: skip
-    if schedule not in schedules:
-        raise ValueError(f"schedule must be one of {list(schedules)}, got {schedule!r}")
+    require_one_of(schedules, schedule=schedule)
     return schedules[schedule]
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #f1ca7576
@@ -176,7 +161,7 @@ class LayerShuffle(nn.Module):
         prob: float,  # in [0, 1]
     ):
         super().__init__()
-        _check_probability(prob, "prob")
+        require_probability(prob=prob)
         self.layer, self.prob = layer, prob
 
     def forward(
@@ -255,8 +240,7 @@ class BiMamba(nn.Module):
         return tuple(part.unflatten(1, x.shape[:2]).permute(2, 1, 0, 3) for part in parts)
 
     def forward(self, u: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        if u.ndim != 3 or u.shape[-1] != self.dim:
-            raise ValueError(f"u must be (batch, tokens, {self.dim}), got shape {tuple(u.shape)}")
+        require_shape("batch", "tokens", self.dim, u=u)
         x, z = self.in_proj(u).chunk(2, dim=-1)
         x = self.convolve(x)
         delta, B, C = self.select(x)
@@ -273,7 +257,7 @@ class DropPath(nn.Module):
 
     def __init__(self, prob: float = 0.0):
         super().__init__()
-        _check_probability(prob, "prob")
+        require_probability(prob=prob)
         self.prob = prob
 
     def forward(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
@@ -399,11 +383,9 @@ class ShuffleMamba(nn.Module):
         require_at_least_one(patch_size=patch_size, stride=stride)
         self.patch_size, self.stride = patch_size, stride or patch_size
         self.grid = self._patches_along(img_size, "img_size")
-        if init not in ("vim", "released"):
-            raise ValueError(f"init must be 'vim' or 'released', got {init!r}")
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-        _check_probability(drop_path, "drop_path")
+        require_one_of(["vim", "released"], init=init)
+        require_between(0, 2**31, num_classes=num_classes)
+        require_probability(drop_path=drop_path)
         self.probs = shuffle_probs(depth, shuffle_rate, schedule)
         self.checkpointing = checkpointing
         self.patches = nn.Conv2d(in_chans, dim, patch_size, stride=self.stride)
@@ -442,11 +424,7 @@ class ShuffleMamba(nn.Module):
         x: Float[Tensor, "batch channels height width"],
     ) -> Float[Tensor, "batch tokens dim"]:
         """Cut patches, put the class token in front, add positions (resized if need be)."""
-        if x.ndim != 4 or x.shape[1] != self.patches.in_channels:
-            raise ValueError(
-                f"x must be (batch, {self.patches.in_channels}, height, width), "
-                f"got shape {tuple(x.shape)}"
-            )
+        require_shape("batch", self.patches.in_channels, "height", "width", x=x)
         grid = tuple(self._patches_along(x.shape[axis], f"x.shape[{axis}]") for axis in (2, 3))
         patches = self.patches(x).flatten(2).transpose(1, 2)
         first = self.class_token.expand(len(x), -1, -1).to(patches.dtype)

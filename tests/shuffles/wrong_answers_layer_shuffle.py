@@ -2,7 +2,7 @@
 
 import torch
 
-from shuffle_nb.shuffles.layer_shuffle import layer_shuffle, shuffle_probs
+from shuffle_nb.shuffles.layer_shuffle import layer_shuffle
 
 
 def check_each__takes_the_first_order_for_all(x, layer, perms):
@@ -29,12 +29,3 @@ def check_first__moves_nothing(num_tokens, generator):
 def check_first__only_turns_the_line(num_tokens, generator):
     shift = int(torch.randint(num_tokens - 1, (), generator=generator))
     return torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(1, num_tokens).roll(shift)])
-
-
-def check_often__takes_the_last_layer_for_all(depth, rate):
-    return depth * rate, (1 - rate) ** depth
-
-
-def check_often__takes_the_mean_for_all(depth, rate):
-    probs = shuffle_probs(depth, rate, "constant")
-    return sum(probs), (1 - probs[0]) ** depth
