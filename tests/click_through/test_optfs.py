@@ -286,7 +286,7 @@ def test_fit_is_the_three_in_turn():
     second.search(batches)
     second.rewind()
     assert found["retrain"] == second.retrain(batches, valid, 4, 2)
-    assert len(found["search"]) == 4
+    assert len(found["search"]) == 4 and found["search"] is first.history
     for name, weight in second.model.state_dict().items():
         assert torch.equal(weight, first.model.state_dict()[name])
 
