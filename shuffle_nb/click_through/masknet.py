@@ -184,7 +184,7 @@ class SerialMaskNet(_OnEmbeddings):
         """Raises ValueError for a number out of range and an unknown name."""
         super().__init__(num_fields, embedding_dim, emb_layernorm)
         require_at_least_one(out_dim=out_dim, **{"len(hidden)": len(hidden)})
-        options |= dict(layer_norm=hid_layernorm, dropout=dropout)
+        options = dict(layer_norm=hid_layernorm, dropout=dropout, **options)
         m, blocks = num_fields * embedding_dim, []
         for q in hidden:  # a block without its layer keeps the width of its input
             z = blocks[-1].out_dim if blocks else m
@@ -223,7 +223,7 @@ class ParallelMaskNet(_OnEmbeddings):
         """Raises ValueError for a number out of range and an unknown name."""
         super().__init__(num_fields, embedding_dim, emb_layernorm)
         require_at_least_one(num_blocks=num_blocks)
-        options |= dict(layer_norm=hid_layernorm, dropout=dropout)
+        options = dict(layer_norm=hid_layernorm, dropout=dropout, **options)
         size = [num_fields * embedding_dim] * 2 + [block_dim]
         blocks = [MaskBlock(*size, reduction_ratio, **options) for _ in range(num_blocks)]
         self.blocks = nn.ModuleList(blocks)
