@@ -21,11 +21,3 @@ def check_threshold__keeps_the_sign(k, n):
 
 def check_threshold__takes_the_mean_of_the_ones(k, n):
     return prediction_stats(k, n)[0]
-
-
-def check_unnormalised__nothing_changes(outputs, ones):
-    return outputs
-
-
-def check_unnormalised__divides(outputs, ones):
-    return outputs / ones.sqrt()
