@@ -248,11 +248,10 @@ class FeatureGeneration(nn.Module):
         emb: Float[Tensor, "batch fields k"],
     ) -> list[Float[Tensor, "batch maps lines k"]]:
         """Return the pooled maps S of each stage. Raises ValueError for a wrong shape."""
-        require_shape("batch", self.num_fields, self.dim, emb=emb)
-        maps, found = emb.transpose(0, 1).flatten(1)[None], []  # (1, F, batch k)
+        maps, found = self.in_front(emb), []
         for stage in self.stages:
             maps = ACTIVATIONS[self.activation](stage(maps))
-            found.append(maps.unflatten(2, (len(emb), self.dim)).permute(2, 0, 1, 3))
+            found.append(self.by_row(maps))
         return found
 
     def forward(
@@ -260,11 +259,20 @@ class FeatureGeneration(nn.Module):
         emb: Float[Tensor, "batch fields k"],
     ) -> Float[Tensor, "batch new k"]:
         """Return the new features, those of the first stage first."""
-        act, parts = ACTIVATIONS[self.activation], []
-        for stage, maps in zip(self.stages, self.pooled(emb), strict=True):
-            flat = maps.flatten(1)
+        act, maps, parts = ACTIVATIONS[self.activation], self.in_front(emb), []
+        for stage in self.stages:  # mixed at once: the way back then holds less in memory
+            maps = act(stage(maps))
+            flat = self.by_row(maps).flatten(1)
             parts.append(flat if stage.mix is None else act(stage.mix(flat)))
         return torch.cat(parts, dim=1).unflatten(1, (self.num_new, self.dim))
+
+    def in_front(self, emb: Tensor) -> Tensor:  # (batch, F, k) -> (1, F, batch k)
+        require_shape("batch", self.num_fields, self.dim, emb=emb)
+        return emb.transpose(0, 1).flatten(1)[None]
+
+    def by_row(self, maps: Tensor) -> Tensor:  # (m, H, batch k) -> (batch, m, H, k)
+        rows = maps.shape[2] // self.dim
+        return maps.unflatten(2, (rows, self.dim)).permute(2, 0, 1, 3)
 
 # %% ../../nbs/click_through/03_fgcnn.ipynb #d7f38b6a
 class InnerProduct(nn.Module):

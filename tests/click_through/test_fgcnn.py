@@ -402,6 +402,7 @@ def test_first_weights():
     for layer in (model.generator.stages[0].mix, model.layers[0]):
         wanted = (2 / (layer.in_features + layer.out_features)) ** 0.5
         assert abs(layer.weight.std() / wanted - 1) < 0.05 and not layer.bias.any()
+        assert layer.weight.abs().max() > 3 * wanted  # normal, not uniform
     for table in (model.embedding, model.generator_embedding):
         assert abs(table.embedding.weight.std() / 1e-4 - 1) < 0.05
     initialise(model, "torch")
