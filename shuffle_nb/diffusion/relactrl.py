@@ -49,6 +49,14 @@ def _draw(size: int, generator: torch.Generator | None, device: torch.device | s
     place = drawing_device(generator, device)
     return torch.randperm(size, generator=generator, device=place).to(device)
 
+
+def _settle(perm: Tensor | None, size: int, shuffle: bool, generator, device) -> Tensor:
+    """Return the permutation that is given, or a drawn one; without shuffle, the identity."""
+    _require_none(shuffle, perm)
+    if not shuffle:
+        return torch.arange(size, device=device)
+    return _draw(size, generator, device) if perm is None else perm
+
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-009
 def shuffle_2d(
     x: Num[Tensor, "batch length dim"],  # one group of channels
@@ -120,11 +128,7 @@ class ShuffleAttention(nn.Module):
     ) -> Float[Tensor, "batch length dim"]:
         require_shape("batch", "length", self.dim, x=x)
         batch, length, dim = x.shape
-        _require_none(self.shuffle, perm)
-        if not self.shuffle:
-            perm = torch.arange(length * dim, device=x.device)
-        elif perm is None:
-            perm = _draw(length * dim, generator, x.device)
+        perm = _settle(perm, length * dim, self.shuffle, generator, x.device)
         z = shuffle_2d(x, perm, self.segments)
         z = window_attention(z, self.qkv, self.proj, self.num_heads)
         return unshuffle_2d(z, perm, batch, length)
@@ -225,8 +229,8 @@ class TwoDimShuffleMixer(nn.Module):
         length = u.shape[1]
         require_divisible("segments", self.segments, tokens=length)
         if not self.shuffle:
-            _require_none(False, channel_perm, token_perms)
-            in_order = torch.arange(self.dim, device=u.device)
+            _require_none(False, token_perms)
+            in_order = _settle(channel_perm, self.dim, False, None, u.device)
             return mix_plain(self.attentions, u, in_order, [None] * len(self.sizes))
         given = (channel_perm, token_perms)
         drawn = self.draw_permutations(length, generator, u.device, *given)
