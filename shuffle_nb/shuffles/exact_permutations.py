@@ -90,8 +90,9 @@ ACTIVATIONS = {"cpu": 2**18, "other": 2**26}
 Biases = tuple[Float[Tensor, "models 1 width"], Float[Tensor, "models 1 k"]]  # b1, b2
 
 
-def _budget(device: torch.device) -> int:
-    return ACTIVATIONS["cpu" if device.type == "cpu" else "other"]
+def _networks_at_once(activations: int, device: torch.device) -> int:
+    """As many networks with so many hidden activations each as a device likes."""
+    return max(1, ACTIVATIONS["cpu" if device.type == "cpu" else "other"] // max(1, activations))
 
 
 def _outputs(x: Tensor, first: Tensor, second: Tensor, *biases: Tensor) -> Tensor:
@@ -112,9 +113,9 @@ def ensemble_outputs(
     chunk_size: int | None = None,  # networks worked on at once; None: what cache or GPU holds
 ) -> Float[Tensor, "models batch k"]:
     """Return f_j(x) of every network j, differentiable, chunk by chunk."""
-    size = chunk_size or max(1, _budget(x.device) // max(1, len(x) * first.shape[2]))
+    size = chunk_size or _networks_at_once(len(x) * first.shape[2], x.device)
     size = len(first) if torch.compiler.is_compiling() else size  # a graph must not grow with N
-    layers = [layer.split(max(1, size)) for layer in (first, second, *(biases or ()))]
+    layers = [layer.split(size) for layer in (first, second, *(biases or ()))]
     return torch.cat([_outputs(x, *chunk) for chunk in zip(*layers, strict=True)])
 
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #a4bb5ecf
@@ -158,7 +159,7 @@ def last_layer_descent_(
         error = torch.baddbmm(error, kernel, error, alpha=-lr)
     torch.baddbmm(second, total.mT, hidden, alpha=-lr * scale, out=second)
 
-# %% ../../nbs/shuffles/04_exact_permutations.ipynb #68be9868
+
 @torch.no_grad()
 def biased_step_(
     layers: Sequence[Tensor],  # first, second and their biases: changed in place
@@ -200,25 +201,6 @@ def ntk_kernels(
     nngp = C / x.shape[-1] * angle.sin() + first_layer
     return nngp, nngp if parametrization == "standard" else nngp + first_layer
 
-# %% ../../nbs/shuffles/04_exact_permutations.ipynb #df1d6ebc
-def _check_kernel_arguments(x: Tensor, z: Tensor, parametrization: str) -> None:
-    require_one_of(DIAGONAL, parametrization=parametrization)
-    if x.shape[-1] != z.shape[-1]:
-        raise ValueError(f"z must have the {x.shape[-1]} bits of x, got shape {tuple(z.shape)}")
-    for name, rows in (("x", x), ("z", z)):
-        if ((rows.norm(dim=-1) - 1).abs() > 1e-3).any():
-            raise ValueError(f"{name} must have rows of length 1: see normalize_inputs")
-
-
-def _largest_eigenvalue(k: int, parametrization: str, bias_width: int | None = None) -> float:
-    """Return the largest eigenvalue of Theta on the k one-hot vectors; with biases, of a width."""
-    diagonal, other = DIAGONAL[parametrization], C
-    if bias_width is not None:
-        moving = parametrization == "ntk"  # where b1 moves, it counts where both inputs fire
-        diagonal += 0.5 * moving + k / bias_width
-        other += 0.25 * moving + k / bias_width
-    return (diagonal - other + other * k) / k
-
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #f4144105
 def prediction_stats(
     k: int,  # bits
@@ -243,6 +225,25 @@ def prediction_stats(
     return mu1, mu0 if n < k else math.nan, max(variance, 0.0)
 
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #3ccb3fc8
+def _check_kernel_arguments(x: Tensor, z: Tensor, parametrization: str) -> None:
+    require_one_of(DIAGONAL, parametrization=parametrization)
+    if x.shape[-1] != z.shape[-1]:
+        raise ValueError(f"z must have the {x.shape[-1]} bits of x, got shape {tuple(z.shape)}")
+    for name, rows in (("x", x), ("z", z)):
+        if ((rows.norm(dim=-1) - 1).abs() > 1e-3).any():
+            raise ValueError(f"{name} must have rows of length 1: see normalize_inputs")
+
+
+def _largest_eigenvalue(k: int, parametrization: str, bias_width: int | None = None) -> float:
+    """Return the largest eigenvalue of Theta on the k one-hot vectors; with biases, of a width."""
+    diagonal, other = DIAGONAL[parametrization], C
+    if bias_width is not None:
+        moving = parametrization == "ntk"  # where b1 moves, it counts where both inputs fire
+        diagonal += 0.5 * moving + k / bias_width
+        other += 0.25 * moving + k / bias_width
+    return (diagonal - other + other * k) / k
+
+
 def _check_ones(k: int, n: int, parametrization: str) -> None:
     _check_bits(k)
     require_between(1, k, n=n)
@@ -389,7 +390,7 @@ class PermutationEnsemble(nn.Module):
         """Outputs of some networks on some inputs, part by part."""
         require_shape("batch", self.k, x=x)
         unit = normalize_inputs(x).to(self.first)
-        size = max(1, _budget(unit.device) // self.width)
+        size = _networks_at_once(self.width, unit.device)  # rows, that is
         for start in range(0, len(unit), size):
             rows = slice(start, start + size)
             for models in self._chunks(len(unit[rows]), count):
@@ -398,8 +399,7 @@ class PermutationEnsemble(nn.Module):
 
     def _chunks(self, batch: int, models: int) -> list[slice]:
         """Cut networks so that a chunk's hidden activations on `batch` inputs fit."""
-        size = max(1, _budget(self.first.device) // max(1, batch * self.width))
-        size = self.chunk_size or size
+        size = self.chunk_size or _networks_at_once(batch * self.width, self.first.device)
         return [slice(start, min(start + size, models)) for start in range(0, models, size)]
 
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #b4d8e604
