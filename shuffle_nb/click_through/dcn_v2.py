@@ -150,7 +150,7 @@ class CrossNetV2(CrossNet):
 
 # %% ../../nbs/click_through/01_dcn_v2.ipynb #7f847bd6
 def mix_as_written(
-    net: "CrossNetMix", x0: Float[Tensor, "batch dim"]
+    net: nn.Module, x0: Float[Tensor, "batch dim"]
 ) -> Float[Tensor, "batch dim"]:
     """DCN-Mix line by line: layers, and experts one by one."""
     x = x0

@@ -127,7 +127,7 @@ ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda x: x}
 
 
 def generate_as_written(
-    module: "FeatureGeneration",  # whose weights are used
+    module: nn.Module,  # a FeatureGeneration, whose weights are used
     emb: Float[Tensor, "batch fields k"],
 ) -> Float[Tensor, "batch new k"]:
     """Steps 1 to 3 on an image of one channel, operation by operation."""
