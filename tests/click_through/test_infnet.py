@@ -323,6 +323,7 @@ def test_rows_without_a_history(items, types):
     assert all(grad.isfinite().all() for grad in gradients)
     assert model.fields.embedding.weight.grad.abs().sum() > 0
     assert torch.allclose(model(x, seq[..., :0]), logits, atol=1e-6)
+    assert count_flops(model, x, seq) > 0
 
 
 @pytest.mark.parametrize("options", [{}, {"use_task": False}, {"seq_proxies": 3}])
