@@ -46,6 +46,8 @@ def masked_softmax(
     """Softmax over the valid tokens; all zeros for a row that has none."""
     if mask is None:
         return scores.softmax(-1)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be True where a token is valid, got {mask.dtype}")
     mask = mask[:, None]
     some = mask.any(-1, keepdim=True)  # softmax of minus infinities alone would be NaN
     return scores.masked_fill(~mask & some, -torch.inf).softmax(-1).masked_fill(~some, 0.0)
@@ -174,7 +176,7 @@ class INFBlock(nn.Module):
         super().__init__()
         require_one_of(("updated", "previous"), gate_from=gate_from)
         self.residual, self.gate_from = residual, gate_from
-        self.use_task, self.use_gate, self.use_cross = use_task, use_gate, use_cross
+        self.use_task, self.use_gate = use_task, use_gate
         sizes = {"C": cat_proxies, "S": seq_proxies, "T": task_proxies}
         cross = PAIRS if use_cross else ()
         self.attention = nn.ModuleDict({pair: CrossAttention(dim) for pair in cross})

@@ -267,6 +267,14 @@ def test_attention_does_not_change_the_logits():
     assert (attention[0]["cs"][(seq == 0).flatten(1)[:, None].expand(-1, 2, -1)] == 0).all()
 
 
+def test_a_broken_vector_spoils_its_own_rows_only():
+    model, (x, seq) = net(), rows()
+    with torch.no_grad():
+        model.fields.embedding.weight[0] = math.nan
+    broken = model(x, seq).isnan().any(1)
+    assert torch.equal(broken, x[:, 0] == 0) and broken.any() and not broken.all()
+
+
 def test_without_attention_all_rows_are_alike():
     model, (x, seq) = net(use_cross=False), rows()
     logits = model(x, seq)
@@ -488,6 +496,10 @@ X, SEQ = torch.tensor([[0, 1, 2]]), torch.tensor([[[1, 2], [3, 0]]])
                 torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.ones(1, 3).bool()
             ),
             r"mask must be \(1, 2\), got shape \(1, 3\)",
+        ),
+        (
+            lambda: CrossAttention(4)(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.ones(1, 2)),
+            "mask must be True where a token is valid, got torch.float32",
         ),
         (lambda: ProxyGatedUnit(4, 0), "num_proxies must be at least 1"),
         (
