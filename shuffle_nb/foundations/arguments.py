@@ -180,7 +180,7 @@ def require_permutation(
     for name, perm in tensors.items():
         if perm is None or not may_look(perm):
             continue
-        seen = torch.zeros(perm.shape, dtype=torch.bool).scatter_(-1, perm.long(), True)
+        seen = torch.zeros_like(perm, dtype=torch.bool).scatter_(-1, perm.long(), True)
         if not seen.all():
             missing = int((~seen).nonzero()[0, -1])
             raise ValueError(

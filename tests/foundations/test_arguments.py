@@ -193,3 +193,9 @@ def test_a_compiled_graph_is_not_broken(plain_python):
 def test_numbers_are_drawn_where_the_generator_lives():
     assert drawing_device(None, "meta") == torch.device("meta")
     assert drawing_device(torch.Generator("cpu"), "meta") == torch.device("cpu")
+
+
+def test_a_permutation_is_checked_where_it_lies():
+    perm = torch.tensor([1, 0, 2])
+    with torch.device("meta"):
+        require_permutation(3, perm=perm)
