@@ -149,9 +149,7 @@ class CrossNetV2(CrossNet):
         super().__init__([CrossLayer(dim, **options) for _ in range(num_layers)])
 
 # %% ../../nbs/click_through/01_dcn_v2.ipynb #7f847bd6
-def mix_as_written(
-    net: nn.Module, x0: Float[Tensor, "batch dim"]
-) -> Float[Tensor, "batch dim"]:
+def mix_as_written(net: nn.Module, x0: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
     """DCN-Mix line by line: layers, and experts one by one."""
     x = x0
     for layer in range(len(net.bias)):
