@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['X_RANGE', 'Y_RANGE', 'MANY_PAIRS', 'PAIRS_AT_ONCE', 'ALL_PAIRS', 'NEAR_PAIRS_AT_ONCE', 'AREA_OF_BITS',
-           'KITTI_CLASSES', 'Targets', 'Detections', 'join_scenes', 'stack_scenes', 'inside_as_written', 'inside_boxes',
-           'points_in_boxes', 'remove_points', 'box_corners', 'overlap_of_pairs', 'circles_meet', 'rotated_iou_bev',
-           'nms_bev', 'transform_boxes', 'global_view', 'rasterise', 'bev_areas', 'as_quadrants', 'columns_by_bits',
-           'pick_by_area', 'unshuffle_bev_indices', 'BEVNetwork', 'BoxDetector', 'BoxDatabase', 'read_kitti_scene',
-           'read_kitti', 'World', 'place_digits', 'make_scenes', 'shift_and_drop', 'shifted_view', 'digit_world',
-           'flip_rotate_scale', 'kitti_world', 'is_right', 'mean_precision', 'box_outlines', 'draw_boxes',
-           'draw_points']
+           'KITTI_CLASSES', 'Targets', 'Detections', 'join_scenes', 'targets_or_none', 'to_device', 'stack_scenes',
+           'inside_as_written', 'inside_boxes', 'points_in_boxes', 'remove_points', 'box_corners', 'overlap_of_pairs',
+           'circles_meet', 'rotated_iou_bev', 'best_overlap', 'nms_bev', 'transform_boxes', 'global_view', 'rasterise',
+           'bev_areas', 'as_quadrants', 'random_quadrants', 'columns_by_bits', 'pick_by_area', 'area_moves', 'areas_of',
+           'one_order', 'gather_areas', 'unshuffle_bev_indices', 'BEVNetwork', 'BoxDetector', 'follow', 'descend',
+           'BoxDatabase', 'read_kitti_scene', 'read_kitti', 'World', 'place_digits', 'make_scenes', 'shift_and_drop',
+           'shifted_view', 'digit_world', 'flip_rotate_scale', 'kitti_world', 'scene_batches', 'is_right', 'is_found',
+           'hits_object', 'random_places', 'Judged', 'judge', 'best_threshold', 'mean_precision', 'box_outlines',
+           'draw_boxes', 'draw_points', 'draw_taught']
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #80de636b
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import pi, prod
 from pathlib import Path
@@ -23,10 +26,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from ..foundations.arguments import may_look
+from ..foundations.arguments import drawing_device, may_look
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #a303e6d6
 X_RANGE, Y_RANGE = (0.0, 70.4), (-40.0, 40.0)  # metres ahead and to the left, as on KITTI
@@ -65,6 +68,20 @@ def join_scenes(parts: Iterable[Targets | Detections], dim: int) -> Targets | De
     """Join the fields of several batches: dim 0 adds scenes, dim 1 adds boxes to each scene."""
     parts = list(parts)
     return type(parts[0])(*(torch.cat(fields, dim) for fields in zip(*parts, strict=True)))
+
+
+def targets_or_none(points: Tensor, targets: Targets | None) -> Targets:
+    """Return the targets of some scenes, or lists without a box."""
+    if targets is not None:
+        return targets
+    boxes = points.new_zeros(len(points), 0, 7)
+    return Targets(boxes, boxes[..., 0].long(), boxes[..., 0])
+
+
+def to_device(scenes: tuple[Tensor, Targets], device: torch.device | str) -> tuple[Tensor, Targets]:
+    """Move points, boxes, labels and weights to a device."""
+    points, targets = scenes
+    return points.to(device), Targets(*(part.to(device) for part in targets))
 
 
 def _padded(x: Tensor, length: int, value: float) -> Tensor:
@@ -250,6 +267,11 @@ def rotated_iou_bev(
         overlaps.view(-1)[pairs] = overlap_of_pairs(a[first], b[second])
     return overlaps
 
+
+def best_overlap(overlaps: Float[Tensor, "*batch n m"]) -> Float[Tensor, "*batch n"]:
+    """Return the largest overlap of each row, 0 if there is nothing to overlap with."""
+    return overlaps.amax(-1) if overlaps.shape[-1] else overlaps.sum(-1)
+
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #df9a3fdb
 def nms_bev(
     boxes: Float[Tensor, "*batch n 7"],
@@ -307,7 +329,7 @@ def global_view(
     Every scene of the batch gets its own angle and scale.
     """
     _check_points(points)
-    home = "cpu" if generator is None else generator.device
+    home = drawing_device(generator, "cpu")
     uniform = torch.rand(2, len(points), 1, device=home, generator=generator).to(points)
     rotation, scale = (uniform[0] - 0.5) * (pi / 2), 0.95 + 0.1 * uniform[1]
     x, y, z, *rest = points.unbind(-1)
@@ -370,6 +392,16 @@ def as_quadrants(perm: Tensor | Sequence) -> Tensor:
             raise ValueError(f"perm must be a permutation of 0..3, got {perm.tolist()}")
     return perm.long()
 
+
+def random_quadrants(
+    batch: int | None = None,  # how many; None: one, of shape (4,)
+    generator: torch.Generator | None = None,  # None: PyTorch's global one, on the CPU
+) -> Int[Tensor, "*batch 4"]:  # where the generator lives; on the CPU looking at them is free
+    """Draw uniform permutations of the four areas."""
+    shape = (4,) if batch is None else (batch, 4)
+    home = drawing_device(generator, "cpu")
+    return torch.rand(shape, dtype=torch.float64, device=home, generator=generator).argsort(-1)
+
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #e1ae4c88
 AREA_OF_BITS = [3, 2, 0, 1]  # the area of far * 2 + left
 
@@ -392,6 +424,117 @@ def pick_by_area(
     if scene is not None:
         bits = bits + 4 * scene.to(torch.int32)
     return columns.index_select(1, bits.flatten()).unflatten(1, bits.shape)
+
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #6105cfbf
+def _moves(
+    perm: Tensor, x_range: Sequence[float], y_range: Sequence[float], like: Tensor
+) -> Tensor:
+    """Return the rows of all areas as `columns_by_bits` sorts them; in a batch, scene by scene."""
+    areas = bev_areas(x_range, y_range)
+    target = areas.to(perm.device)[perm]
+    floor, ceiling = target[..., 0::2], target[..., 1::2]
+    offset = floor - areas[:, 0::2].to(perm.device)
+    offset, floor, ceiling = (part.to(like) for part in (offset, floor, ceiling))
+    # Half-open: the last number below the border still belongs to the area.
+    ceiling = torch.nextafter(ceiling, torch.full_like(ceiling, -torch.inf))
+    return columns_by_bits(torch.cat([offset, floor, ceiling], dim=-1))
+
+
+@lru_cache(maxsize=4096)
+def _known_moves(
+    perm: tuple, x_range: tuple, y_range: tuple, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The same for a permutation that was asked for before."""
+    with torch.inference_mode(False):
+        like = torch.empty(0, dtype=dtype, device=device)
+        return _moves(as_quadrants(perm), x_range, y_range, like)
+
+
+def _table(perm: Tensor | Sequence, x_range, y_range, points: Tensor) -> Tensor:
+    """Return the moves, from the cache where permutations can be read."""
+    on_host = not isinstance(perm, Tensor) or perm.device.type == "cpu"
+    if torch.compiler.is_compiling() or not on_host:
+        return _moves(as_quadrants(perm), x_range, y_range, points)
+    rows = perm.tolist() if isinstance(perm, Tensor) else perm
+    key = tuple(x_range), tuple(y_range), points.dtype, points.device
+    if len(rows) and isinstance(rows[0], int):
+        return _known_moves(tuple(rows), *key)
+    as_quadrants(perm)
+    return torch.cat([_known_moves(tuple(row), *key) for row in rows], dim=1)
+
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #e2ee6510
+def area_moves(
+    points: Float[Tensor, "*batch n channels"],
+    perm: Int[Tensor, "*scenes 4"] | Sequence,  # area i goes to area perm[i]
+    x_range: Sequence[float] = X_RANGE,
+    y_range: Sequence[float] = Y_RANGE,
+) -> tuple[Tensor, Tensor | None]:  # (6, 4 * scenes), and the scene of each row of points
+    """Return columns for `pick_by_area`: offset, lowest, highest place of each area, in x and y.
+
+    Raises ValueError if perm is no permutation, or not one a cloud.
+    """
+    _check_points(points)
+    shape = tuple(perm.shape) if isinstance(perm, Tensor) else tuple(torch.as_tensor(perm).shape)
+    many = len(shape) == 2
+    if many and (points.ndim != 3 or len(perm) != len(points)):
+        raise ValueError(
+            f"perm (batch, 4) needs points (batch, n, channels), "
+            f"got {shape} and {tuple(points.shape)}"
+        )
+    scene = torch.arange(len(points), device=points.device)[:, None] if many else None
+    return _table(perm, x_range, y_range, points), scene
+
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #402ad9e8
+def areas_of(x: Tensor) -> list[Tensor]:
+    """Views of the four areas of a map (…, rows, columns): equal strides, other corners."""
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    up, along = rows * x.stride(-2), columns * x.stride(-1)
+    size, first = (*x.shape[:-2], rows, columns), x.storage_offset()
+    corners = (along, up + along, up, 0)
+    return [x.as_strided(size, x.stride(), first + corner) for corner in corners]
+
+
+def one_order(x: Tensor, perm: Tensor | Sequence) -> list[int] | None:
+    """Return the one permutation of maps without gradient; None where slices do not do."""
+    if x.ndim != 4 or x.shape[-1] % 2 or x.shape[-2] % 2 or x.requires_grad:
+        return None
+    if isinstance(perm, Tensor):
+        if perm.ndim != 1 or perm.is_floating_point() or not may_look(perm):
+            return None
+        perm = perm.tolist()
+    known = len(perm) == 4 and isinstance(perm[0], int) and sorted(perm) == [0, 1, 2, 3]
+    return list(perm) if known else None
+
+
+def gather_areas(
+    x: Shaped[Tensor, "batch channels rows columns"],
+    source: Int[Tensor, "*scenes 4"],  # (4,) for all maps, or (batch, 4)
+) -> Shaped[Tensor, "batch channels rows columns"]:
+    """Return maps whose area i is area source[i] of x.
+
+    Raises ValueError for odd rows or columns, or another number of orders than maps.
+    """
+    _check_map(x, source)
+    batch, channels, rows, columns = x.shape
+    # The four areas as they lie in memory, (y, x): low low, low high, high low, high high.
+    block = torch.tensor([1, 3, 2, 0], device=source.device)[source[..., [3, 0, 2, 1]]]
+    block = block.to(x.device).reshape(-1, 1, 2, 1, 2)  # (batch or 1, -, y half, -, x half)
+    # A map is 2 * rows half rows; each goes as one piece.
+    within = torch.arange(rows // 2, device=x.device).view(-1, 1)
+    half_row = (block // 2 * (rows // 2) + within) * 2 + block % 2
+    first = torch.arange(batch * channels, device=x.device).view(batch, channels, 1) * (2 * rows)
+    pieces = x.reshape(-1, columns // 2)
+    return pieces.index_select(0, (first + half_row.flatten(1)[:, None]).flatten()).view(x.shape)
+
+
+def _check_map(x: Tensor, perm: Tensor) -> None:
+    if x.ndim != 4 or x.shape[-1] % 2 or x.shape[-2] % 2:
+        raise ValueError(
+            f"x must be (batch, channels, rows, columns), rows and columns must be even, "
+            f"got {tuple(x.shape)}"
+        )
+    if perm.ndim == 2 and len(perm) != len(x):
+        raise ValueError(f"perm must have one row a map, {len(x)}, got {len(perm)}")
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #23258ff5
 def unshuffle_bev_indices(
@@ -585,6 +728,48 @@ class BoxDetector(BEVNetwork):
         kept = nms_bev(boxes, scores[..., 0], self.suppression)
         candidates = self._read(outputs, heat, self.max_candidates)
         return Detections(boxes, labels, scores * kept[..., None]), candidates
+
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #fdd38e31
+@torch.no_grad()
+def follow(
+    teacher: nn.Module,  # changed in place, in its own precision
+    student: nn.Module,  # of any precision, on any device
+    keep: float,  # share of the old teacher
+) -> None:
+    """Move a teacher towards its student, whole state; integer buffers are copied.
+
+    Raises ValueError for models of different structure.
+    """
+    theirs, own = (model.state_dict(keep_vars=True) for model in (student, teacher))
+    differ = sorted(own.keys() ^ theirs.keys())
+    differ += [name for name in own.keys() & theirs.keys() if own[name].shape != theirs[name].shape]
+    if differ:
+        raise ValueError(f"teacher and student must have the same state, differ in {differ}")
+    averaged = {}  # by identity: a tensor that stands under two names moves once
+    for name, old in own.items():
+        if old.is_floating_point():
+            averaged[id(old)] = (old, theirs[name].to(old))
+        else:
+            old.copy_(theirs[name])
+    if averaged:
+        old, new = zip(*averaged.values(), strict=True)
+        torch._foreach_lerp_(old, new, 1 - keep)
+
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #56070745
+def descend(
+    losses: dict[str, Tensor],  # scalars, whose sum is minimised
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float | None = None,  # largest gradient norm
+) -> dict[str, Tensor]:  # the losses and their sum, "loss", without gradient
+    """Make one step down the sum of some losses."""
+    losses = {**losses, "loss": sum(losses.values())}
+    optimizer.zero_grad(set_to_none=True)
+    losses["loss"].backward()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    return {name: value.detach() for name, value in losses.items()}
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #30d06398
 class BoxDatabase:
@@ -802,11 +987,99 @@ def kitti_world(seed: int, num_labelled: int, folder: str | Path = "kitti/traini
     return World(*scenes, KITTI_CLASSES, detector, flip_rotate_scale, global_view)
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #a489d939
-def is_right(found: Detections, truth: Targets) -> Tensor:
+def scene_batches(
+    scenes: tuple[Tensor, Targets],
+    world: World,  # how a scene may be changed
+    size: int,  # scenes a batch; all of them if there are fewer
+    seed: int,
+    device: torch.device | str,
+) -> Callable:  # (step, generator) -> (points, targets): changed at random, on the device
+    """Draw mini-batches of scenes."""
+    from shuffle_nb.foundations.training import MiniBatches
+
+    points, targets = scenes
+    draw = MiniBatches(points, *targets, batch_size=min(size, len(points)), seed=seed)
+
+    def batch(step: int, generator: torch.Generator | None) -> tuple[Tensor, Targets]:
+        cloud, *fields = draw(step)
+        return to_device(world.augment(cloud, Targets(*fields), generator), device)
+
+    return batch
+
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #368178ce
+def is_right(found: Detections, truth: Targets) -> Bool[Tensor, "batch n"]:
     """Tell which boxes overlap a true object of their class by one half or more."""
     same = found.labels[..., None] == truth.labels[:, None]
     true = same & (truth.weights > 0)[:, None]
-    return (rotated_iou_bev(found.boxes, truth.boxes) * true).amax(-1) >= 0.5
+    return best_overlap(rotated_iou_bev(found.boxes, truth.boxes) * true) >= 0.5
+
+
+def is_found(
+    truth: Targets,
+    found: Detections,
+    least: float = 0.5,  # a box counts if its confidence exceeds this
+) -> Bool[Tensor, "batch m"]:
+    """Tell which true boxes are overlapped by a found box of their class by one half or more."""
+    same = found.labels[:, None] == truth.labels[..., None]
+    counts = same & (found.scores[:, None, :, 0] > least)
+    return best_overlap(rotated_iou_bev(truth.boxes, found.boxes) * counts) >= 0.5
+
+
+def hits_object(boxes: Float[Tensor, "batch n 7"], truth: Targets) -> Bool[Tensor, "batch n"]:
+    """Tell which boxes overlap a true object of any class by one half or more."""
+    on = (truth.weights > 0)[:, None]
+    return best_overlap(rotated_iou_bev(boxes, truth.boxes) * on) >= 0.5
+
+
+def random_places(
+    boxes: Float[Tensor, "batch n 7"],  # rows of NaN are none
+    taken: Targets,  # what must not be overlapped
+    x_range: Sequence[float],
+    y_range: Sequence[float],
+    generator: torch.Generator | None = None,
+    rim: float = 4.0,  # centres keep this far from the ground's border
+) -> Float[Tensor, "batch n 7"]:
+    """Throw as many boxes at random places; those that overlap what is taken become NaN."""
+    low = boxes.new_tensor([x_range[0] + rim, y_range[0] + rim])
+    span = boxes.new_tensor([x_range[1] - rim, y_range[1] - rim]) - low
+    at = low + torch.rand(*boxes.shape[:2], 2, generator=generator).to(boxes) * span
+    thrown = boxes.clone()
+    thrown[..., :2] = torch.where(boxes[..., :2].isnan(), torch.nan, at)
+    overlaps = rotated_iou_bev(thrown, taken.boxes) * (taken.weights > 0)[:, None]
+    return thrown.masked_fill((best_overlap(overlaps) > 0)[..., None], torch.nan)
+
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #08d2b017
+@dataclass
+class Judged:
+    """All boxes of some scenes above a least confidence, as flat lists on the CPU."""
+
+    scores: Tensor  # (n, scores)
+    labels: Tensor
+    points: Tensor  # number inside
+    right: Tensor
+    objects: int  # true ones in the scenes
+
+
+def judge(
+    model: object,  # with `detect`
+    scenes: tuple[Tensor, Targets],  # on the model's device
+    least: float = 0.1,  # a box counts if its confidence exceeds this
+) -> Judged:
+    """Look at scenes, and judge the boxes that are found."""
+    points, truth = scenes
+    found, _ = model.detect(points)
+    some = found.scores[..., 0] > least
+    counts, right = inside_boxes(points, found.boxes).sum(-2), is_right(found, truth)
+    lists = (part[some].cpu() for part in (found.scores, found.labels, counts, right))
+    return Judged(*lists, int((truth.weights > 0).sum()))
+
+
+def best_threshold(judged: Judged) -> float:
+    """Return the threshold on confidence with the best F1, of 0.1, 0.11, …, 0.99."""
+    cuts, confidence = torch.arange(0.1, 1, 0.01), judged.scores[:, 0]
+    kept = confidence > cuts[:, None]
+    hits = (kept & judged.right).sum(1)
+    return cuts[(2 * hits / (kept.sum(1) + judged.objects)).argmax()].item()
 
 
 @torch.no_grad()
@@ -862,3 +1135,21 @@ def draw_points(axis, points: Tensor, world: World, colour: str | None = None) -
     axis.set(xlim=(x0 - rim, x1 + rim), ylim=(y0 - rim, y1 + rim), xticks=[], yticks=[])
     axis.set(aspect="equal")
     axis.grid(False)
+
+
+def draw_taught(
+    axis,
+    points: Tensor,  # (n, channels), one scene
+    taught: Targets,  # of a batch of this one scene
+    deleted: Tensor,  # (m, 7), boxes whose points are deleted
+    world: World,
+    colours: Sequence[str],  # of boxes of weight 1, of lighter ones, of deleted ones
+) -> None:
+    """Draw what a scene teaches: the points left, boxes by weight, deleted points and places."""
+    gone = inside_boxes(points, deleted).any(-1)
+    draw_points(axis, points[gone], world, colours[2])
+    draw_points(axis, points[~gone], world)
+    draw_boxes(axis, deleted, colours[2], ":")
+    weights, boxes = taught.weights[0], taught.boxes[0]
+    draw_boxes(axis, boxes[weights == 1], colours[0])
+    draw_boxes(axis, boxes[(weights > 0) & (weights < 1)], colours[1])

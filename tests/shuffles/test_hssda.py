@@ -29,6 +29,7 @@ from shuffle_nb.shuffles.hssda import (
     move_areas,
     nms_bev,
     points_in_boxes,
+    pseudo_targets,
     random_quadrants,
     rasterise,
     remove_points,
@@ -486,6 +487,26 @@ def test_levels_of_a_step_weights_and_doubtful_boxes():
     assert doubtful[0, :, 0].isnan().tolist() == [True, False, False, True]
     hard, _ = fixed_trainer(soft=False).pseudo_labels(scene_points())
     assert hard.weights[0].tolist() == [1, 1, 0, 0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS)
+def test_removal_empties_doubtful_places_and_takes_no_point_of_a_taught_box(seed):
+    boxes = random_boxes(24, seed, spread=16).float().view(2, 12, 7)
+    g = torch.Generator().manual_seed(seed)
+    found = Detections(boxes, torch.zeros(2, 12).long(), torch.rand(2, 12, 3, generator=g))
+    nothing = Targets(boxes[:, :0], found.labels[:, :0], boxes[:, :0, 0])
+    low = torch.tensor([[[0.8, 0.4]] * 3])
+    taught, doubtful = pseudo_targets(found, found, nothing, low)
+    points = random_points(400, seed).view(2, 200, 4)
+    points[..., :3] = boxes[:, torch.randint(12, (200,), generator=g), :3] + 0.4 * (
+        torch.rand(2, 200, 3, generator=g) - 0.5
+    )
+    emptied = remove_points(points, doubtful)
+    assert not inside_boxes(emptied, doubtful).any()
+    before, after = (inside_boxes(cloud, taught.boxes).sum(1) for cloud in (points, emptied))
+    on = taught.weights > 0
+    assert torch.equal(before[on], after[on])
 
 
 def test_boxes_that_overlap_an_annotation_are_dropped():

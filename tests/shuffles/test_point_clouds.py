@@ -15,22 +15,40 @@ from shuffle_nb.shuffles.point_clouds import (
     BoxDetector,
     Detections,
     Targets,
+    area_moves,
+    as_quadrants,
+    best_overlap,
+    best_threshold,
     bev_areas,
+    descend,
     digit_world,
+    draw_taught,
+    follow,
+    gather_areas,
     global_view,
+    hits_object,
     inside_as_written,
     inside_boxes,
+    is_found,
     is_right,
+    judge,
     kitti_world,
     mean_precision,
     nms_bev,
+    one_order,
     overlap_of_pairs,
+    pick_by_area,
     points_in_boxes,
+    random_places,
+    random_quadrants,
     rasterise,
     read_kitti,
     read_kitti_scene,
     remove_points,
     rotated_iou_bev,
+    scene_batches,
+    targets_or_none,
+    to_device,
     transform_boxes,
 )
 
@@ -469,3 +487,167 @@ def test_a_world_of_scans_in_the_format_of_kitti(tmp_path):
 def test_no_frame_is_an_error_that_names_the_argument(tmp_path):
     with pytest.raises(ValueError, match="frames must name at least one scan"):
         read_kitti(tmp_path, [])
+
+
+# ---------------------------------------------------------------- areas
+
+
+def test_moves_of_an_area_are_offset_and_borders():
+    perm, points = [2, 0, 3, 1], torch.tensor([[50.0, -10.0, 0.0], [10.0, 10.0, 0.0]])
+    table, scene = area_moves(points, perm)
+    move = pick_by_area(table, points[:, 0] >= 35.2, points[:, 1] >= 0)
+    areas = bev_areas().float()
+    assert scene is None and table.shape == (6, 4)
+    for column, area in zip(move.T, (0, 2), strict=True):
+        target = areas[perm[area]]
+        assert torch.equal(column[:2], target[0::2] - areas[area, 0::2])
+        assert torch.equal(column[2:4], target[0::2])
+        assert (column[4:] < target[1::2]).all() and torch.allclose(column[4:], target[1::2])
+    many, scene = area_moves(points[None].repeat(3, 1, 1), torch.tensor([perm] * 3))
+    assert torch.equal(many, table.repeat(1, 3)) and scene[:, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("plain_python")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: area_moves(torch.zeros(3, 2), [0, 1, 2, 3]), "points must be"),
+        (lambda: area_moves(torch.zeros(3, 4), [[0, 1, 2, 3]] * 3), r"perm \(batch, 4\) needs"),
+        (lambda: area_moves(torch.zeros(3, 4), [0, 1, 1, 3]), r"permutation of 0\.\.3"),
+        (lambda: gather_areas(torch.zeros(1, 1, 5, 4), torch.arange(4)), "must be even"),
+        (lambda: gather_areas(torch.zeros(2, 1, 4, 4), torch.zeros(3, 4).long()), "one row a map"),
+        (lambda: follow(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3), 0.5), "same state"),
+    ],
+)
+def test_bad_areas_and_models_are_errors_that_say_what_was_expected(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_gathered_areas_are_those_asked_for_in_each_map():
+    x = torch.randn(3, 2, 4, 6)
+    source = random_quadrants(3, torch.Generator().manual_seed(0))
+    rows, columns = (slice(2), slice(2, 4)), (slice(3), slice(3, 6))
+    blocks = [(rows[0], columns[1]), (rows[1], columns[1]), (rows[1], columns[0])]
+    blocks.append((rows[0], columns[0]))
+    got = gather_areas(x, source)
+    for scene, order in enumerate(source.tolist()):
+        for area, where in enumerate(order):
+            assert torch.equal(got[scene, :, *blocks[area]], x[scene, :, *blocks[where]])
+    assert torch.equal(gather_areas(x, source[0])[1:2], gather_areas(x[1:2], source[0]))
+
+
+def test_slices_do_for_one_valid_permutation_without_gradient():
+    x = torch.zeros(1, 1, 4, 4)
+    assert one_order(x, torch.tensor([1, 0, 2, 3])) == [1, 0, 2, 3] == one_order(x, (1, 0, 2, 3))
+    for perm in ([0, 0, 2, 3], torch.rand(4), as_quadrants([[0, 1, 2, 3]])):
+        assert one_order(x, perm) is None
+    assert one_order(x[..., :3], [0, 1, 2, 3]) is None
+    assert one_order(x.clone().requires_grad_(), [0, 1, 2, 3]) is None
+
+
+# ---------------------------------------------------------------- teachers and students
+
+
+def test_a_teacher_follows_parameters_and_buffers():
+    teacher, student = (torch.nn.BatchNorm1d(2) for _ in range(2))
+    student(torch.randn(5, 2))
+    expected = 0.75 * teacher.running_mean + 0.25 * student.running_mean
+    follow(teacher, student, 0.75)
+    assert torch.allclose(teacher.running_mean, expected)
+    assert teacher.num_batches_tracked == 1
+
+
+def test_a_step_goes_down_the_sum_and_is_clipped():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = {"a": 3 * model.weight.sum(), "b": 2 * model.weight.sum() + 1}
+    told = descend(losses, model, optimizer)
+    assert told["loss"] == 1 and set(told) == {"a", "b", "loss"}
+    assert not told["loss"].requires_grad and model.weight.item() == pytest.approx(-0.5)
+    descend({"a": 5 * model.weight.sum()}, model, optimizer, clip_norm=1.0)
+    assert model.weight.item() == pytest.approx(-0.6)
+
+
+# ---------------------------------------------------------------- judging
+
+
+def judged_scene():
+    """Three true boxes, of which the last is padding, and four found ones."""
+    truth = torch.zeros(1, 3, 7)
+    truth[..., 0], truth[..., 3:6] = torch.tensor([0.0, 10, 20]), 2.0
+    truth = Targets(truth, torch.tensor([[0, 1, 0]]), torch.tensor([[1.0, 1, 0]]))
+    boxes = truth.boxes[:, [0, 1, 2, 0]].clone()
+    boxes[0, 3, 0] = 1.5  # overlaps the first by 1/7
+    scores = torch.tensor([[[0.9, 0.9], [0.4, 0.9], [0.8, 0.9], [0.05, 0.9]]])
+    return truth, Detections(boxes, torch.tensor([[0, 1, 0, 0]]), scores)
+
+
+def test_right_found_and_hit_by_hand():
+    truth, found = judged_scene()
+    assert is_right(found, truth).tolist() == [[True, True, False, False]]
+    assert is_found(truth, found).tolist() == [[True, False, True]]  # 0.4 is not enough
+    assert is_found(truth, found, least=0.3).tolist() == [[True, True, True]]
+    swapped = found._replace(labels=1 - found.labels)
+    assert not is_right(swapped, truth).any()
+    assert hits_object(swapped.boxes, truth).tolist() == [[True, True, False, False]]
+    nothing = Targets(*(part[:, :0] for part in truth))
+    assert not is_right(found, nothing).any() and not hits_object(found.boxes, nothing).any()
+    assert best_overlap(torch.zeros(2, 0)).tolist() == [0, 0]
+
+
+def test_judging_counts_points_and_leaves_out_what_is_unlikely():
+    truth, found = judged_scene()
+    points = torch.tensor([[[0.0, 0, 0, 1], [0.5, 0, 0, 1], [10, 0, 0, 1]]])
+    ladder = judge(Oracle(found), (points, truth))
+    assert ladder.points.tolist() == [2, 1, 0] and ladder.labels.tolist() == [0, 1, 0]
+    assert ladder.right.tolist() == [True, True, False] and ladder.objects == 2
+    assert torch.equal(ladder.scores, found.scores[0, :3])
+    # Both objects are kept below 0.4, at the price of one wrong box; above it one is lost as well.
+    assert best_threshold(ladder) == pytest.approx(0.1)
+
+
+@given(SEEDS)
+@settings(deadline=None, max_examples=20)
+def test_random_places_are_free_repeatable_and_as_many_at_most(seed):
+    truth, found = judged_scene()
+    boxes = torch.cat([found.boxes.repeat(1, 5, 1), torch.full((1, 2, 7), torch.nan)], dim=1)
+
+    def throw():
+        generator = torch.Generator().manual_seed(seed)
+        return random_places(boxes, truth, (0.0, 40.0), (-10.0, 10.0), generator)
+
+    thrown = throw()
+    there = ~thrown.isnan().any(-1)
+    assert torch.equal(thrown[there], throw()[there]) and not there[:, -2:].any()
+    x, y = thrown[there][:, 0], thrown[there][:, 1]
+    assert ((x >= 4) & (x <= 36) & (y >= -6) & (y <= 6)).all()
+    taken = truth.boxes[:, :2]
+    assert (rotated_iou_bev(thrown[there], taken[0]) == 0).all()
+    assert torch.equal(thrown[there][:, 2:], boxes[there][:, 2:])
+
+
+def test_batches_of_scenes_are_drawn_and_changed_alike_by_step_and_generator():
+    world = digit_world(0, 5)
+    batch = scene_batches(world.labelled, world, 8, seed=1, device="cpu")
+    first, again = (batch(3, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert len(first[0]) == 5 and torch.equal(first[1].boxes, again[1].boxes)
+    assert torch.equal(first[0].nan_to_num(-1), again[0].nan_to_num(-1))
+    other = batch(3, torch.Generator().manual_seed(1))
+    assert not torch.equal(first[1].boxes, other[1].boxes)
+    points, targets = to_device(world.labelled, "cpu")
+    assert targets_or_none(points, targets) is targets
+    assert targets_or_none(points, None).boxes.shape == (5, 0, 7)
+
+
+def test_a_drawn_scene_has_its_boxes_by_weight():
+    import matplotlib.pyplot as plt
+
+    world = digit_world(0, 1)
+    (points, truth), (figure, axis) = world.labelled, plt.subplots()
+    taught = truth._replace(weights=torch.tensor([[1.0, 0.5, 0, 0, 0, 0, 0]]))
+    draw_taught(axis, points[0], taught, truth.boxes[0, 2:4], world, ("red", "green", "blue"))
+    styles = [(patch.get_edgecolor()[:3], patch.get_linestyle()) for patch in axis.patches]
+    assert styles == [((0, 0, 1), ":")] * 2 + [((1, 0, 0), "-"), ((0, 0.5019607843137255, 0), "-")]
+    plt.close(figure)
