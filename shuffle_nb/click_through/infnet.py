@@ -137,7 +137,7 @@ class INFState(NamedTuple):
 
 
 def block_as_written(
-    block: "INFBlock", state: INFState, seq_mask: Bool[Tensor, "batch L"] | None = None
+    block: nn.Module, state: INFState, seq_mask: Bool[Tensor, "batch L"] | None = None
 ) -> INFState:
     """Run a block with residuals and updated gates, one attention after the other."""
     C, S, T, *_ = state
