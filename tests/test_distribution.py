@@ -104,8 +104,7 @@ def test_entry_points():
 
 def test_trained_weights_load_outside_the_checkout(environment, tmp_path):
     program = """
-from shuffle_nb.diffusion.relactrl import load_tiny_dit
-from shuffle_nb.diffusion.tiny_diffusion import load_tiny_edm
+from shuffle_nb.diffusion.tiny_diffusion import load_tiny_dit, load_tiny_edm
 print(*(not model.training for model in (load_tiny_edm(16), load_tiny_edm(8), load_tiny_dit())))
 """
     assert run(environment / "bin" / "python", "-c", program, cwd=tmp_path) == "True True True\n"

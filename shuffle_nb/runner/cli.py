@@ -65,7 +65,8 @@ def show(
     """Print a table, as wide as the terminal allows."""
     screen = ScreenTable()
     for place, heading in enumerate(table.headings):
-        screen.add_column(heading, overflow="fold", no_wrap=place == 0)  # names stay whole
+        whole = place == 0 or heading == "family"  # what is typed in again
+        screen.add_column(heading, overflow="fold", no_wrap=whole)
     known = {**dict.fromkeys(table.colours or (), "bold red"), **COLOURS}
     for row in table.rows:
         texts = [plain_text(cell) for cell in row]
@@ -212,14 +213,12 @@ def list_papers(
     """Show every paper that has a notebook."""
     papers = catalogue.papers(family)
     if verbose:
-        headings = ("name", "authors", "year", "venue", "minutes", "claims", "reference cases")
+        headings = ("name", "authors", "year", "arxiv", "venue", "minutes", "claims")
+        headings += ("reference cases",)
         show(Table(headings, [verbose_row(paper) for paper in papers]))
         return
-    headings = ("name", "family", "title", "year", "arxiv", "categories", "minutes")
-    rows = [
-        (p.slug, p.family, p.title, p.year, p.arxiv, ", ".join(p.categories), p.minutes)
-        for p in papers
-    ]
+    headings = ("name", "family", "title", "year", "minutes")
+    rows = [(p.slug, p.family, p.title, p.year, p.minutes) for p in papers]
     show(Table(headings, rows))
 
 
@@ -232,7 +231,7 @@ def verbose_row(
         held = count(claims) if claims else "not run"
     except Unreadable:
         held = "cannot be read"
-    facts = (paper.slug, paper.authors, paper.year, paper.venue, paper.minutes)
+    facts = (paper.slug, paper.authors, paper.year, paper.arxiv, paper.venue, paper.minutes)
     return (*facts, held, agreement_of(paper))
 
 
