@@ -234,11 +234,14 @@ def test_blocks_equal_the_table(seed, T, S, window):
 def test_clusters_equal_the_table_of_their_union(seed, n_hashes, cluster, T, fewer):
     S = T - fewer if -(-T // cluster) == -(-(T - fewer) // cluster) else T
     q, k, v = three(T, S, seed=seed)
+    torch.manual_seed(seed)  # features and hashes are those of the example, too
     attention = lsh(n_hashes=n_hashes, cluster=cluster)
     out, weights = attention(q, k, v, need_weights=True)
     orders = smyrf_clusters(*heads(q, k), n_hashes, cluster, directions=attention.directions)
     dense = scatterbrain_dense(*heads(q, k, v), cluster_mask(*orders, cluster), attention.W)
-    assert torch.allclose(out, dense.transpose(1, 2), atol=1e-9)
+    # What the hashes cover is subtracted from the whole mass; few features differ by e^20 here,
+    # and the difference keeps 8 digits of 16, in 1 of 1,000 examples 6.
+    assert torch.allclose(out, dense.transpose(1, 2), atol=1e-4)
     assert torch.allclose(weights @ v.transpose(1, 2), out.transpose(1, 2), atol=1e-9)
 
 
