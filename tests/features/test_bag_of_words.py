@@ -2,11 +2,11 @@
 
 import math
 import unicodedata
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from bags import as_sparse, random_bags, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,20 +41,6 @@ from shuffle_nb.features.bag_of_words import (
 from shuffle_nb.foundations import datasets
 
 OFF_DIAGONAL = ~torch.eye(12, dtype=torch.bool)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def random_bags(samples: int = 60, n: int = 9, share: float = 0.4, dtype=torch.float64):
-    return (torch.rand(samples, n, generator=seeded(2)) < share).to(dtype)
-
-
-def as_sparse(x: torch.Tensor) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return x.to_sparse_csr()
 
 
 # ---------------------------------------------------------------- bag of words

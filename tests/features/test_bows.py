@@ -1,11 +1,11 @@
 """Bag-of-words superposition: the tied autoencoder, its closed form, what is measured."""
 
 import math
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from bags import as_sparse, random_bags, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,26 +32,12 @@ from shuffle_nb.foundations.costs import count_flops
 from shuffle_nb.foundations.reference import load_reference
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def random_model(n: int = 9, m: int = 4, relu: bool = True, dtype=torch.float64) -> TiedAutoencoder:
     model = TiedAutoencoder(n, m, relu, generator=seeded(n + m)).to(dtype)
     with torch.no_grad():
         model.weight.mul_(2)
         model.bias.uniform_(-0.2, 0.2, generator=seeded(1))
     return model
-
-
-def random_bags(samples: int = 60, n: int = 9, share: float = 0.4, dtype=torch.float64):
-    return (torch.rand(samples, n, generator=seeded(2)) < share).to(dtype)
-
-
-def as_sparse(x: torch.Tensor) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return x.to_sparse_csr()
 
 
 # ---------------------------------------------------------------- the set-up

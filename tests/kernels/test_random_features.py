@@ -5,6 +5,7 @@ from math import sqrt
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import normal, seeded, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,18 +19,6 @@ from shuffle_nb.kernels.random_features import (
 
 SMALL = settings(deadline=None, max_examples=25)
 SEEDS = st.integers(0, 2**32)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def unit(*shape: int, seed: int = 0) -> torch.Tensor:
-    return F.normalize(normal(*shape, seed=seed), dim=-1)
 
 
 # ---------------------------------------------------------------- the exponential

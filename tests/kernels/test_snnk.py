@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import normal, seeded, unit
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -34,18 +35,6 @@ from shuffle_nb.kernels.snnk import (
 SMALL = settings(deadline=None, max_examples=25)
 SEEDS = st.integers(0, 2**32)
 KINDS = ("relu", "cos", "sin")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def unit(*shape: int, seed: int = 0) -> torch.Tensor:
-    return F.normalize(normal(*shape, seed=seed), dim=-1)
 
 
 def rms(x: torch.Tensor) -> float:
