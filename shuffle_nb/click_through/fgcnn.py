@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .data import JointEmbedding, LogisticRegression, mlp
+from .data import JointEmbedding, LogisticRegression, mlp, pair_products
 from shuffle_nb.foundations.arguments import (
     require_at_least_one,
     require_one_of,
@@ -383,8 +383,7 @@ class FGCNN(nn.Module):
         """Return one logit a row."""
         features = self.features(x)
         if self.first_order is not None:
-            twice = features.sum(1).square() - features.square().sum(1)
-            return self.first_order(x) + 0.5 * twice.sum(1)
+            return self.first_order(x) + pair_products(features)
         flat = features.flatten(1)
         if self.products is not None:
             flat = torch.cat([flat, self.products(features)], dim=1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .data import auc, check_ids, mlp
+from .data import auc, check_ids, mlp, offsets_of, pair_products
 from shuffle_nb.foundations.arguments import (
     require_at_least_one,
     require_between,
@@ -103,8 +103,7 @@ class GatedFM(nn.Module):
             raise ValueError("cards must hold a field or more, got none")
         require_at_least_one(**{f"cards[{f}]": card for f, card in enumerate(cards)})
         self.cards, self.linear = tuple(cards), linear
-        starts = torch.tensor([0, *cards[:-1]]).cumsum(0)
-        self.register_buffer("offsets", starts, persistent=False)
+        self.register_buffer("offsets", offsets_of(cards), persistent=False)
         self.embedding = GatedEmbedding(sum(cards), embedding_dim + linear, init_logit)
         if linear:
             self.bias = nn.Parameter(torch.zeros(()))
@@ -114,7 +113,7 @@ class GatedFM(nn.Module):
         """Turn gated rows into logits."""
         first = self.bias + e[..., -1].sum(1) if self.linear else 0.0
         v = e[..., :-1] if self.linear else e
-        return first + 0.5 * (v.sum(1).square() - v.square().sum(1)).sum(1)
+        return first + pair_products(v)
 
     def forward(self, x: Int[Tensor, "batch fields"]) -> Float[Tensor, " batch"]:
         """Return logits of rows of local ids. Raises ValueError for ids out of range."""

@@ -29,8 +29,10 @@ from shuffle_nb.click_through.data import (
     load_ctr,
     logloss,
     mlp,
+    offsets_of,
     pair_auc,
     pair_excess,
+    pair_products,
     part_auc,
     planted_ctr,
     planted_pairs,
@@ -595,3 +597,14 @@ def test_small_tables_need_no_download(name, rows, fields):
     rates = [part.y.mean().item() for part in data.split()]
     assert max(rates) - min(rates) < 0.04
     assert not torch.equal(table_ctr(name, seed=2).y, data.y)
+
+
+def test_fields_begin_where_those_before_them_end():
+    assert offsets_of((3, 4, 5)).tolist() == [0, 3, 7]
+    assert torch.equal(JointEmbedding((3, 4, 5), 2).offsets, offsets_of((3, 4, 5)))
+
+
+def test_one_pass_is_the_sum_over_pairs():
+    v = torch.randn(6, 5, 3, dtype=torch.float64)
+    pairs = sum((v[:, i] * v[:, j]).sum(1) for i in range(5) for j in range(i))
+    assert torch.allclose(pair_products(v), pairs)
