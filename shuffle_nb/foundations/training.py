@@ -635,7 +635,8 @@ def fit_arms(
 
     `build(seed)` returns `(model, loss, batches)`, which `fit` trains; or `(model, train)`, where
     `train(model)` is a loop of the arm's own and may return a History; or a model that is taken
-    as it is. A loss is called once more, on a copy of the model, to count its operations. Raises
+    as it is. Torch's random stream starts at the seed for each build, and is the caller's again
+    afterwards. A loss is called once more, on a copy of the model, to count its operations. Raises
     ValueError for no arms, no seeds, a seed given twice, and a build that returns anything else.
     """
     if not arms:
@@ -650,6 +651,7 @@ def fit_arms(
             for arm, build in arms.items():
                 build, own = build if isinstance(build, tuple) else (build, {})
                 chosen = {"evaluate": evaluate, **options, **own}
-                trained[arm].append(_train_arm(arm, seed, build(seed), chosen))
+                with _own_stream(seed, pick_device(str(chosen.get("device", "auto")))):
+                    trained[arm].append(_train_arm(arm, seed, build(seed), chosen))
                 bar.update()
     return trained

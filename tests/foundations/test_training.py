@@ -595,6 +595,21 @@ def test_every_arm_is_trained_with_every_seed():
     assert errors == [squared_error(build(seed)[0], X, Y).item() for seed in (4, 7)]
 
 
+def test_an_arm_depends_on_its_seed_and_not_on_what_was_drawn_before():
+    def unseeded(seed):
+        return nn.Linear(3, 1)
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = fit_arms({"a": unseeded, "b": unseeded}, [0, 1], device="cpu")
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(5)
+    (again,) = fit_arms({"b": unseeded}, [1], device="cpu")["b"]
+    assert same_weights(first["b"][1].model, again.model)
+    assert same_weights(first["a"][1].model, again.model)
+    assert not same_weights(first["a"][0].model, again.model)
+
+
 def test_the_table_shows_what_each_arm_had_to_spend():
     arms = three_arms()
     text, html = str(arms), arms._repr_html_()
