@@ -460,7 +460,11 @@ def bundle_network(
 
 # %% ../../nbs/kernels/01_snnk.ipynb #375717c8
 class SNNKAdapter(nn.Module):
-    """x + up(down(x)): down is an SNNK layer, up starts at zero, so the block does nothing yet."""
+    """x + up(down(x)): down is an SNNK layer; with "mam" up starts at zero: nothing is done yet.
+
+    "bert" starts W_0 and up from N(0, 0.02^2). `norm_after` acts on the sum, as in the adapters
+    of BERT, so the block is no identity then. Raises ValueError for an unknown init.
+    """
 
     def __init__(
         self,
@@ -469,17 +473,35 @@ class SNNKAdapter(nn.Module):
         bottleneck: int | None = None,  # r; None: down is d -> d and up a vector
         kind: str = "relu",  # or "cos", "sin"
         generator: torch.Generator | None = None,  # None: a private one
+        *,
+        init: str = "mam",  # or "bert"
+        norm_before: bool = False,  # a LayerNorm in front of down
+        norm_after: bool = False,  # a LayerNorm behind the sum
     ):
         super().__init__()
         require_at_least_one(bottleneck=bottleneck)
+        require_one_of(("mam", "bert"), init=init)
         width = dim if bottleneck is None else bottleneck
-        self.down = SNNKLinear(dim, width, num_features, kind=kind, generator=generator)
+        given, generator = generator, own_generator(generator)
+
+        def small(*shape: int) -> Tensor:
+            return 0.02 * torch.randn(shape, generator=generator, device=generator.device)
+
+        weight = small(width, dim) if init == "bert" else None
+        options = dict(kind=kind, weight=weight, generator=generator)
+        self.down = SNNKLinear(dim, width, num_features, **options)
+        shape = (dim,) if bottleneck is None else (dim, width)
+        start = small(*shape) if init == "bert" else torch.zeros(shape, device=generator.device)
         if bottleneck is None:
-            self.up = nn.Parameter(torch.zeros(dim))
+            self.up = nn.Parameter(start)
         else:
             self.up = nn.utils.skip_init(nn.Linear, bottleneck, dim)  # consumes no random numbers
-            nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
+            self.up.weight, self.up.bias = nn.Parameter(start), nn.Parameter(start.new_zeros(dim))
+        self.norm_before = nn.LayerNorm(dim) if norm_before else nn.Identity()
+        self.norm_after = nn.LayerNorm(dim) if norm_after else nn.Identity()
+        settle(self, given)
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        down = self.down(x)
-        return x + (self.up(down) if isinstance(self.up, nn.Linear) else self.up * down)
+        down = self.down(self.norm_before(x))
+        moved = self.up(down) if isinstance(self.up, nn.Linear) else self.up * down
+        return self.norm_after(x + moved)

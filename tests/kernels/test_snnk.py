@@ -578,6 +578,26 @@ def test_adapter_starts_as_identity_and_learns(kind, bottleneck):
     assert torch.allclose(adapter(x), x + moved, atol=1e-5)
 
 
+@pytest.mark.parametrize("bottleneck", [None, 40])
+def test_adapter_may_start_small_and_with_norms_as_in_bert(bottleneck):
+    options = dict(init="bert", norm_before=True, norm_after=True)
+    adapter = SNNKAdapter(60, 30, bottleneck, generator=seeded(), **options)
+    up = adapter.up if bottleneck is None else adapter.up.weight
+    assert up.std().item() == pytest.approx(0.02, rel=0.25)
+    w = 0.02 * torch.randn(bottleneck or 60, 60, generator=seeded())
+    assert torch.allclose(adapter.down.psi, adapter.down.feature_map.psi(w))
+    x = 3 * torch.randn(2, 4, 60) + 1
+    inner = F.layer_norm(x, (60,))
+    down = adapter.down(inner)
+    moved = up * down if bottleneck is None else down @ up.T
+    assert torch.allclose(adapter(x), F.layer_norm(x + moved, (60,)), atol=1e-5)
+    plain = SNNKAdapter(60, 30, bottleneck, generator=seeded())
+    assert count_trainable(adapter) == count_trainable(plain) + 4 * 60
+    again = SNNKAdapter(60, 30, bottleneck, **options)
+    again.load_state_dict(adapter.state_dict())
+    assert torch.equal(again(x), adapter(x))
+
+
 def test_weights_start_as_those_of_a_linear_layer():
     layer = SNNKLinear(100, 400, 8, generator=seeded(7))
     w = torch.empty(400, 100).uniform_(-0.1, 0.1, generator=seeded(7))
@@ -656,6 +676,7 @@ class TestBadInput:
                 "4 outputs, then 5 inputs",
             ),
             (lambda: SNNKAdapter(3, 4, 0), "bottleneck must be at least 1"),
+            (lambda: SNNKAdapter(3, 4, 2, init="x"), "init must be .*'mam'.*'bert'.*got 'x'"),
             (lambda: SNNKAdapter(5, 4, 2)(X), "expected last dim in_features=5"),
         ],
     )
