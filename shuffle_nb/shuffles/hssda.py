@@ -46,6 +46,7 @@ from shuffle_nb.shuffles.point_clouds import (  # noqa: F401
     pick_by_area,
     points_in_boxes,
     random_quadrants,
+    range_columns,
     rasterise,
     read_kitti,
     read_kitti_scene,
@@ -192,15 +193,15 @@ def shuffle_bev_points(
     Raises ValueError if perm is no permutation.
     """
     table, scene = area_moves(points, perm, x_range, y_range)
-    (x0, x1), (y0, y1) = x_range, y_range
+    low, last, middle = range_columns(points, x_range, y_range)
     ground = points[..., :2].movedim(-1, 0).contiguous()  # x and y as long rows of memory
-    x, y = ground
-    inside = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
-    move = pick_by_area(table, x >= (x0 + x1) / 2, y >= (y0 + y1) / 2, scene)
+    x_fits, y_fits = ground.detach().clamp(low, last) == ground
+    inside = x_fits & y_fits
+    move = pick_by_area(table, *(ground >= middle), scene)
     ground = (ground + move[:2]).clamp_(move[2:4], move[4:])
     moved = torch.cat([ground.movedim(0, -1), points[..., 2:]], dim=-1)
     if points.ndim == 2:
-        return moved[inside]
+        return moved.index_select(0, inside.nonzero()[:, 0])
     return moved.masked_fill_(~inside[..., None], torch.nan)
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #b32fdbb4

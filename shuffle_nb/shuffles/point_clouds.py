@@ -7,12 +7,12 @@ __all__ = ['X_RANGE', 'Y_RANGE', 'MANY_PAIRS', 'PAIRS_AT_ONCE', 'ALL_PAIRS', 'NE
            'KITTI_CLASSES', 'Targets', 'Detections', 'join_scenes', 'targets_or_none', 'to_device', 'stack_scenes',
            'inside_as_written', 'inside_boxes', 'points_in_boxes', 'remove_points', 'box_corners', 'overlap_of_pairs',
            'circles_meet', 'rotated_iou_bev', 'best_overlap', 'nms_bev', 'transform_boxes', 'global_view', 'rasterise',
-           'bev_areas', 'as_quadrants', 'random_quadrants', 'columns_by_bits', 'pick_by_area', 'area_moves', 'areas_of',
-           'one_order', 'gather_areas', 'unshuffle_bev_indices', 'BEVNetwork', 'BoxDetector', 'follow', 'descend',
-           'BoxDatabase', 'read_kitti_scene', 'read_kitti', 'World', 'place_digits', 'make_scenes', 'shift_and_drop',
-           'shifted_view', 'digit_world', 'flip_rotate_scale', 'kitti_world', 'scene_batches', 'is_right', 'is_found',
-           'hits_object', 'random_places', 'Judged', 'judge', 'best_threshold', 'mean_precision', 'box_outlines',
-           'draw_boxes', 'draw_points', 'draw_taught']
+           'bev_areas', 'as_quadrants', 'random_quadrants', 'columns_by_bits', 'pick_by_area', 'range_columns',
+           'area_moves', 'areas_of', 'one_order', 'gather_areas', 'unshuffle_bev_indices', 'BEVNetwork', 'BoxDetector',
+           'follow', 'descend', 'BoxDatabase', 'read_kitti_scene', 'read_kitti', 'World', 'place_digits', 'make_scenes',
+           'shift_and_drop', 'shifted_view', 'digit_world', 'flip_rotate_scale', 'kitti_world', 'scene_batches',
+           'is_right', 'is_found', 'hits_object', 'random_places', 'Judged', 'judge', 'best_threshold',
+           'mean_precision', 'box_outlines', 'draw_boxes', 'draw_points', 'draw_taught']
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #80de636b
 from collections.abc import Callable, Iterable, Sequence
@@ -420,7 +420,7 @@ def pick_by_area(
     scene: Tensor | None = None,  # with a table for each scene: which one
 ) -> Tensor:  # (k, *points)
     """Fetch the column of each point's area."""
-    bits = far.to(torch.int32).mul_(2).add_(left)
+    bits = torch.add(left.to(torch.int32), far, alpha=2)
     if scene is not None:
         bits = bits + 4 * scene.to(torch.int32)
     return columns.index_select(1, bits.flatten()).unflatten(1, bits.shape)
@@ -461,6 +461,34 @@ def _table(perm: Tensor | Sequence, x_range, y_range, points: Tensor) -> Tensor:
         return _known_moves(tuple(rows), *key)
     as_quadrants(perm)
     return torch.cat([_known_moves(tuple(row), *key) for row in rows], dim=1)
+
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #e88484b3
+def _range(x_range: Sequence[float], y_range: Sequence[float], like: Tensor) -> Tensor:
+    """Return lowest, highest and middle place of x and y: (3, 2), then ones for `like` (n, …)."""
+    bounds = torch.tensor([list(x_range), list(y_range)], dtype=torch.float64)
+    low, high, middle = torch.cat([bounds.T, bounds.mean(1)[None]]).to(like)
+    last = torch.nextafter(high, torch.full_like(high, -torch.inf))  # half-open
+    return torch.stack([low, last, middle]).view(3, 2, *[1] * (like.ndim - 1))
+
+
+@lru_cache(maxsize=64)
+def _known_range(x_range: tuple, y_range: tuple, dtype, device, ndim: int) -> Tensor:
+    """The same for a range that was asked for before."""
+    with torch.inference_mode(False):
+        like = torch.empty([0] * ndim, dtype=dtype, device=device)
+        return _range(x_range, y_range, like)
+
+
+def range_columns(
+    points: Float[Tensor, "*batch n channels"],
+    x_range: Sequence[float] = X_RANGE,
+    y_range: Sequence[float] = Y_RANGE,
+) -> Tensor:  # (3, 2, 1) for a cloud, (3, 2, 1, 1) for a batch
+    """Return lowest, highest and middle place of x and y, to hold against (2, *batch, n)."""
+    if torch.compiler.is_compiling():
+        return _range(x_range, y_range, points)
+    kind = points.dtype, points.device, points.ndim
+    return _known_range(tuple(x_range), tuple(y_range), *kind)
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #e2ee6510
 def area_moves(

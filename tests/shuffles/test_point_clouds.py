@@ -42,6 +42,7 @@ from shuffle_nb.shuffles.point_clouds import (
     points_in_boxes,
     random_places,
     random_quadrants,
+    range_columns,
     rasterise,
     read_kitti,
     read_kitti_scene,
@@ -474,6 +475,17 @@ def test_no_frame_is_an_error_that_names_the_argument(tmp_path):
 
 
 # ---------------------------------------------------------------- areas
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_range_is_half_open_and_stands_before_any_batch(dtype):
+    for shape in ((5, 4), (2, 5, 4)):
+        columns = range_columns(torch.zeros(shape, dtype=dtype), (0.0, 8.0), (-4.0, 4.0))
+        assert columns.shape == (3, 2, *[1] * (len(shape) - 1)) and columns.dtype == dtype
+        low, last, middle = columns.flatten(1)
+        assert low.tolist() == [0, -4] and middle.tolist() == [4, 0]
+        upper = torch.tensor([8.0, 4.0], dtype=dtype)
+        assert (last < upper).all() and torch.equal(torch.nextafter(last, upper), upper)
 
 
 def test_moves_of_an_area_are_offset_and_borders():
