@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALPHAS', 'redundant_xors', 'FeatureNet', 'train_episodes', 'seeded', 'in_evaluation', 'joined', 'ConcatFeatures',
-           'NetStack', 'unstack', 'ProbeResult', 'RidgePath', 'linear_probe', 'probe_tasks', 'average_heads',
-           'ProbeHead', 'ParallelNet', 'two_stage_finetune', 'distill_features', 'effective_rank',
-           'cross_predictability', 'ClassShift', 'class_shift']
+           'NetStack', 'ProbeResult', 'ridge', 'linear_probe', 'probe_tasks', 'average_heads', 'ProbeHead',
+           'ParallelNet', 'two_stage_finetune', 'distill_features', 'effective_rank', 'cross_predictability',
+           'class_shift']
 
 # %% ../../nbs/features/05_rich_representations.ipynb #bef0e361
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -159,7 +159,7 @@ class NetStack(nn.Module):
         nets: Sequence[FeatureNet],  # copied
     ):
         super().__init__()
-        layers = [_linear_layers(net) for net in nets]
+        layers = [[part for part in net.modules() if isinstance(part, nn.Linear)] for net in nets]
         shapes = {tuple(part.weight.shape for part in each) for each in layers}
         if len(shapes) != 1:
             raise ValueError(f"nets must be one or more of one shape, got {len(shapes)} shapes")
@@ -186,25 +186,6 @@ class NetStack(nn.Module):
         """Return the logits of each network."""
         return torch.baddbmm(self.biases[-1], self.hidden(x), self.weights[-1])
 
-# %% ../../nbs/features/05_rich_representations.ipynb #db30bfca
-def _linear_layers(net: nn.Module) -> list[nn.Linear]:
-    return [part for part in net.modules() if isinstance(part, nn.Linear)]
-
-
-@torch.no_grad()
-def unstack(stack: NetStack) -> list[FeatureNet]:
-    """Return the networks of a stack one by one, as copies."""
-    count, classes = len(stack.weights[0]), stack.weights[-1].shape[2]
-    sizes = [weight.shape[1] for weight in stack.weights]
-    with seeded(0):
-        nets = [FeatureNet(sizes, classes).to(stack.weights[0]) for _ in range(count)]
-    for k, net in enumerate(nets):
-        parts = zip(_linear_layers(net), stack.weights, stack.biases, strict=True)
-        for part, weight, bias in parts:
-            part.weight.copy_(weight[k].T)
-            part.bias.copy_(bias[k, 0])
-    return nets
-
 # %% ../../nbs/features/05_rich_representations.ipynb #20663cb9
 @dataclass(frozen=True)
 class ProbeResult:
@@ -218,43 +199,33 @@ class ProbeResult:
 ALPHAS = tuple(10 ** (k / 2) for k in range(-4, 9))  # 0.01 to 10,000
 
 # %% ../../nbs/features/05_rich_representations.ipynb #989d2512
-class RidgePath:
-    """Linear regression for every penalty at once, from one decomposition of the features.
+def ridge(
+    z: Float[Tensor, "rows d"],
+    targets: Float[Tensor, "rows k"],
+    alphas: Sequence[float] = ALPHAS,
+    standardize: bool = True,  # divide each coordinate by its standard deviation
+    each: bool = False,  # each target chooses its own penalty
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # left-out errors (alphas, k), choice, weight, bias
+    """Try every penalty with one decomposition: prediction = z @ weight + bias.
 
-    Standardised features x and targets t, both minus their means. With x = u s vᵀ the penalty α
-    shrinks direction i by s²/(s² + α); the error on a row that is left out is its error divided
-    by 1 minus its own weight in its prediction.
+    With x = u s vᵀ a penalty α shrinks direction i by s²/(s² + α). The error on a row that is left
+    out is its error, divided by 1 minus how much the row decides its own prediction.
     """
+    mean, sd = z.mean(0), z.std(0, correction=0)
+    scale = torch.where((sd > 1e-8) & standardize, sd, 1)  # a dead unit is only centred
+    x, centre = (z - mean) / scale, targets.mean(0)
+    squares, u = _directions(x)
+    along = u.T @ (targets - centre)
+    penalties = torch.tensor(alphas, dtype=z.dtype, device=z.device)
+    shrunk = squares / (squares + penalties[:, None])  # (alphas, r)
+    own = shrunk @ u.square().T + 1 / len(z)
+    left_out = targets - centre - u @ (shrunk[..., None] * along)
+    errors = (left_out / (1 - own).clamp(min=1e-12)[..., None]).square().mean(1)
+    best = errors.argmin(0) if each else errors.mean(1).argmin()
+    weight = x.T @ (u @ (along / (squares[:, None] + penalties[best]))) / scale[:, None]
+    return errors, best, weight, centre - mean @ weight
 
-    def __init__(
-        self,
-        z: Float[Tensor, "rows d"],
-        targets: Float[Tensor, "rows k"],
-        alphas: Sequence[float] = ALPHAS,
-        standardize: bool = True,  # divide each coordinate by its standard deviation
-    ):
-        self.mean, sd = z.mean(0), z.std(0, correction=0)
-        self.scale = torch.where((sd > 1e-8) & standardize, sd, 1)  # a dead unit is only centred
-        self.x, self.centre = (z - self.mean) / self.scale, targets.mean(0)
-        self.squares, self.u = _directions(self.x)  # s²
-        self.along = self.u.T @ (targets - self.centre)
-        self.alphas = torch.tensor(alphas, dtype=z.dtype, device=z.device)
-        shrunk = self.squares / (self.squares + self.alphas[:, None])  # (alphas, r)
-        fitted = self.u @ (shrunk[..., None] * self.along)
-        own = shrunk @ self.u.square().T + 1 / len(z)
-        left_out = (targets - self.centre - fitted) / (1 - own).clamp(min=1e-12)[..., None]
-        self.errors = left_out.square().mean(1)  # (alphas, k)
-
-    def solve(
-        self,
-        best: Int[Tensor, "*k"],  # index of the penalty: one for all targets, or one each
-    ) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"]]:
-        """Return weight and bias on raw features: prediction = z @ weight + bias."""
-        shrunk = self.along / (self.squares[:, None] + self.alphas[best])
-        weight = self.x.T @ (self.u @ shrunk) / self.scale[:, None]
-        return weight, self.centre - self.mean @ weight
-
-
+# %% ../../nbs/features/05_rich_representations.ipynb #cbec8eda
 def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return squared singular values and left singular vectors, the faster way."""
     if len(x) > x.shape[1]:
@@ -263,7 +234,7 @@ def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
     squares, u = torch.linalg.eigh(x @ x.T)
     return squares.clamp(min=0), u
 
-# %% ../../nbs/features/05_rich_representations.ipynb #cbec8eda
+# %% ../../nbs/features/05_rich_representations.ipynb #c39c5ff9
 @torch.no_grad()
 def linear_probe(
     z_train: Float[Tensor, "rows d"],
@@ -273,23 +244,19 @@ def linear_probe(
     alphas: Sequence[float] = ALPHAS,  # penalties to choose from
     standardize: bool = True,
 ) -> ProbeResult:
-    """Fit a linear read-out of frozen features: ridge, one class against the rest.
+    """Fit a linear read-out of frozen features: ridge in float64, one class against the rest.
 
-    Everything is computed in float64. The penalty is the one with the smallest squared error on
-    left-out training rows. Raises ValueError for lengths that differ, fewer than two classes,
-    values that are not finite, and penalties that are not positive.
+    Raises ValueError for lengths that differ, fewer than two classes, features that are not
+    finite and penalties that are not positive.
     """
     train, test = _rows(z_train, y_train, alphas, z_test, y_test)
     classes, places = torch.unique(y_train.to(train.device), return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"y_train must hold two classes or more, got {classes.tolist()}")
     targets = 2 * F.one_hot(places, len(classes)).double() - 1
-    path = RidgePath(train, targets, alphas, standardize)
-    best = path.errors.mean(1).argmin()
-    weight, bias = path.solve(best)
+    _, best, weight, bias = ridge(train, targets, alphas, standardize)
     right = classes[(test @ weight + bias).argmax(1)] == y_test.to(train.device)
-    head = _linear(weight.T, bias, z_train)
-    return ProbeResult(right.double().mean().item(), path.alphas[best].item(), head)
+    return ProbeResult(right.double().mean().item(), alphas[best], _linear(weight.T, bias, z_train))
 
 
 @torch.no_grad()
@@ -303,34 +270,29 @@ def probe_tasks(
     """Return the test accuracy of one probe a yes-or-no task; each chooses its own penalty."""
     train, test = _rows(z_train, y_train, alphas, z_test, y_test)
     require_ids(2, y_train=y_train, y_test=y_test)
-    path = RidgePath(train, 2 * y_train.to(train) - 1, alphas)
-    weight, bias = path.solve(path.errors.argmin(0))
+    *_, weight, bias = ridge(train, 2 * y_train.to(train) - 1, alphas, each=True)
     right = (test @ weight + bias > 0) == (y_test.to(test.device) > 0)
     return right.double().mean(0)
 
-# %% ../../nbs/features/05_rich_representations.ipynb #c39c5ff9
+# %% ../../nbs/features/05_rich_representations.ipynb #d1d2f310
 def _rows(z_train, y_train, alphas, z_test, y_test) -> tuple[Tensor, Tensor]:
-    """Check rows and labels, and return the features in float64."""
+    """Check rows, labels and penalties, and return the features in float64."""
     require_shape("rows", "d", z_train=z_train)
     require_shape("rows", z_train.shape[1], z_test=z_test)
-    for part, z, y in (("train", z_train, y_train), ("test", z_test, y_test)):
-        if y.ndim == 0 or len(y) != len(z) or not len(z):
-            raise ValueError(
-                f"y_{part} must hold one label a row of z_{part}, at least one, "
-                f"got shape {tuple(y.shape)} for {len(z)} rows"
-            )
-        if y.is_floating_point():
-            raise ValueError(f"y_{part} must be whole numbers, got {y.dtype}")
-    if not len(alphas):
-        raise ValueError("alphas must hold at least one penalty, got none")
+    require_shape(len(z_train), *y_train.shape[1:], y_train=y_train)
+    require_shape(len(z_test), *y_train.shape[1:], y_test=y_test)
+    numbers = {"rows of z_train": len(z_train), "rows of z_test": len(z_test)}
+    require_at_least_one(**numbers, **{"number of alphas": len(alphas)})
     require_positive(**{f"alphas[{i}]": float(alpha) for i, alpha in enumerate(alphas)})
+    if y_train.is_floating_point() or y_test.is_floating_point():
+        raise ValueError(f"labels must be whole numbers, got {y_train.dtype} and {y_test.dtype}")
     return _wide("z_train", z_train), _wide("z_test", z_test)
 
 
 def _wide(name: str, z: Tensor) -> Tensor:
-    """Return float64, on the same device where it has float64."""
+    """Return float64, on the CPU where the device has none."""
     require_finite(**{name: z})
-    return (z.cpu() if z.device.type == "mps" else z).detach().double()
+    return (z.cpu() if z.device.type == "mps" else z).double()
 
 
 def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
@@ -419,8 +381,7 @@ class _UnderHead(nn.Module):
 
     def __init__(self, model: nn.Module, x: Tensor, outputs: int):
         super().__init__()
-        self.model = model
-        z = ConcatFeatures([model])(x[:1])
+        self.model, z = model, ConcatFeatures([model])(x[:1])
         self.head = nn.Linear(z.shape[1], outputs, device=z.device, dtype=z.dtype)
 
     def features(self, x: Tensor) -> Tensor:
@@ -430,18 +391,14 @@ class _UnderHead(nn.Module):
         return self.head(self.features(x))
 
 
-def _entropy_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(model(x), y)
-
-
-def _distance(model: nn.Module, x: Tensor, z: Tensor) -> Tensor:
-    return F.mse_loss(model(x), z)
-
-
-def _descend(net: nn.Module, loss: Callable, tensors: Sequence[Tensor], seed: int, **options):
+def _descend(net: nn.Module, measure: Callable, x: Tensor, y: Tensor, seed: int, **options):
     """Fit with batches of 128 (or of all rows) and a cosine schedule, on the device of the rows."""
-    batches = MiniBatches(*tensors, batch_size=min(128, len(tensors[0])), seed=seed)
-    fit(net, loss, batches, seed=seed, schedule="cosine", device=str(tensors[0].device), **options)
+
+    def loss(model, x, y):
+        return measure(model(x), y)
+
+    batches = MiniBatches(x, y, batch_size=min(128, len(x)), seed=seed)
+    fit(net, loss, batches, seed=seed, schedule="cosine", device=str(x.device), **options)
 
 # %% ../../nbs/features/05_rich_representations.ipynb #15c22f82
 def two_stage_finetune(
@@ -469,11 +426,11 @@ def two_stage_finetune(
     for k, model in enumerate(models):
         with seeded(seed + 1000 * k):
             tuned.append(_UnderHead(deepcopy(model), x, classes))
-        _descend(tuned[k], _entropy_of, (x, y), seed + 1000 * k, steps=steps, lr=lr)
+        _descend(tuned[k], F.cross_entropy, x, y, seed + 1000 * k, steps=steps, lr=lr)
     head = average_heads([net.head for net in tuned])
     if head_steps:
         z = predict(ConcatFeatures(tuned), x).to(x.device)
-        _descend(head, _entropy_of, (z, y), seed, steps=head_steps, lr=head_lr)
+        _descend(head, F.cross_entropy, z, y, seed, steps=head_steps, lr=head_lr)
     return tuned, head
 
 
@@ -492,7 +449,7 @@ def distill_features(
     z = (z - z.mean(0)) / torch.where(sd > 1e-8, sd, 1)
     with seeded(seed):
         net = _UnderHead(student, x, z.shape[1])
-    _descend(net, _distance, (x, z), seed, steps=steps, lr=lr)
+    _descend(net, F.mse_loss, x, z, seed, steps=steps, lr=lr)
     return student
 
 # %% ../../nbs/features/05_rich_representations.ipynb #9f7a0f8e
@@ -531,44 +488,25 @@ def _centred(name: str, z: Tensor) -> Tensor:
     return wide - wide.mean(0)
 
 # %% ../../nbs/features/05_rich_representations.ipynb #4e145d01
-@dataclass(frozen=True)
-class ClassShift:
-    """A source task on some classes, and a target task on the others with few labels."""
-
-    x: Tensor  # source, training
-    y: Tensor
-    x_test: Tensor
-    y_test: Tensor
-    target_x: Tensor  # the labelled images of the other classes
-    target_y: Tensor
-    target_x_test: Tensor  # all others of these classes
-    target_y_test: Tensor
-
-
 def class_shift(
     data: ImageData,  # such as digits(seed, 1200), or load_images("cifar100")
     num_source: int,  # classes of the source task, drawn by seed
     num_labels: int,  # labelled target images
     seed: int = 0,
-) -> ClassShift:
-    """Split images by class; the mean training image is taken off, labels count from 0.
-
-    Raises ValueError unless both tasks have two classes or more, and target images are left.
-    """
+) -> tuple[ImageData, ImageData]:  # source, target; the mean training image is taken off
+    """Split images by class into two tasks of two classes or more; labels count from 0 in both."""
     require_between(2, data.num_classes - 2, num_source=num_source)
     order = torch.randperm(data.num_classes, generator=torch.Generator().manual_seed(seed))
-    place = torch.empty(data.num_classes, dtype=torch.long)
-    place[order[:num_source].sort().values] = torch.arange(num_source)
-    place[order[num_source:].sort().values] = torch.arange(num_source, data.num_classes)
+    place = torch.cat([order[:num_source].sort()[0], order[num_source:].sort()[0]]).argsort()
     mean = data.train_images.mean(0)
     x, x_test = data.train_images - mean, data.test_images - mean
     y, y_test = place[data.train_labels], place[data.test_labels]
-    seen, seen_test = y < num_source, y_test < num_source
-    others = torch.cat([x[~seen], x_test[~seen_test]])
-    labels = torch.cat([y[~seen], y_test[~seen_test]]) - num_source
-    require_between(1, int((~seen).sum()), num_labels=num_labels)
-    if num_labels >= len(others):
-        raise ValueError(f"num_labels must leave target images to test on, got all {num_labels}")
-    few, rest = slice(num_labels), slice(num_labels, None)
-    source = (x[seen], y[seen], x_test[seen_test], y_test[seen_test])
-    return ClassShift(*source, others[few], labels[few], others[rest], labels[rest])
+    require_between(1, int((y >= num_source).sum()), num_labels=num_labels)
+
+    def task(first: int, end: int, limit: int) -> ImageData:
+        mine, mine_test = (y >= first) & (y < end), (y_test >= first) & (y_test < end)
+        train = x[mine][:limit], y[mine][:limit] - first
+        test = x_test[mine_test], y_test[mine_test] - first
+        return ImageData(*train, *test, end - first, data.name)
+
+    return task(0, num_source, len(x)), task(num_source, data.num_classes, num_labels)

@@ -8,8 +8,7 @@ from shuffle_nb.features.rich_representations import (
     FeatureNet,
     NetStack,
     ProbeHead,
-    RidgePath,
-    unstack,
+    ridge,
 )
 
 
@@ -33,7 +32,7 @@ def one_by_one(stack):
 
 
 def errors_of_left_out_rows(z, targets):
-    return RidgePath(z, targets).errors
+    return ridge(z, targets)[0]
 
 
 def one_solve_a_penalty(core):
@@ -63,7 +62,7 @@ CORES = [
     ),
     Core(
         "rich representations, features side by side",
-        build=lambda: ConcatFeatures(unstack(NetStack(some_nets()))),
+        build=lambda: ConcatFeatures(some_nets()),
         inputs=lambda: (torch.randn(512, 64),),
     ),
     Core(
