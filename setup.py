@@ -53,7 +53,13 @@ setup(
     packages=[*find_packages(include=["shuffle_nb", "shuffle_nb.*"]), *notebook_packages],
     package_dir={"shuffle_nb": "shuffle_nb", "shuffle_nb.nbs": "nbs"},
     package_data={
-        "": ["*.safetensors", "*.reference.json", "reference_agreement.json", "py.typed"],
+        "": [
+            "*.safetensors",
+            "*.reference.json",
+            "*.reference.csv",
+            "reference_agreement.json",
+            "py.typed",
+        ],
         **{name: ["*.ipynb"] for name in notebook_packages},
     },
     install_requires=words("requirements"),

@@ -127,11 +127,13 @@ class SqueezeExcite(nn.Module):
         self,
         channels: int,
         reduction: int = 4,  # the hidden layer has rounded_channels(channels // reduction) units
+        gate: nn.Module | None = None,  # what maps to [0, 1]; None: a hard sigmoid
     ):
         super().__init__()
         hidden = rounded_channels(channels // reduction)
         narrow = [nn.Linear(channels, hidden), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*narrow, nn.Linear(hidden, channels), nn.Hardsigmoid(True))
+        gate = nn.Hardsigmoid(inplace=True) if gate is None else gate
+        self.layers = nn.Sequential(*narrow, nn.Linear(hidden, channels), gate)
 
     def forward(self, x: Maps) -> Maps:
         return x * self.layers(x.mean((2, 3)))[..., None, None]
