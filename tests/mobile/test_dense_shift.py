@@ -226,7 +226,7 @@ def test_a_power_of_two_before_batch_norm_changes_nothing():
     torch.manual_seed(0)
     layer, x = DenseShiftLinear(6, 5).double(), torch.randn(20, 6, dtype=torch.float64)
     y = layer(x)
-    outputs = [F.batch_norm(2.0**j * y, None, None, training=True, eps=0.0) for j in (0, 3, 7)]
+    outputs = [F.batch_norm(2.0**j * y, None, None, training=True, eps=1e-300) for j in (0, 3, 7)]
     for other in outputs[1:]:
         torch.testing.assert_close(other, outputs[0], rtol=1e-10, atol=1e-12)
 
@@ -300,9 +300,9 @@ def test_rounding_takes_the_largest_levels(bits, zero):
     torch.manual_seed(0)
     layer = PowerOfTwoLinear(200, 100, bits, zero)
     w = layer.weight.detach()
-    assert ((w == 0).any()) == zero and torch.equal(
-        torch.frexp(w[w != 0]).mantissa.abs().unique(), torch.tensor([0.5])
-    )
+    if bits < 5:  # sixteen halvings below the largest there is hardly a weight
+        assert (w == 0).any() == zero
+    assert (torch.frexp(w[w != 0]).mantissa.abs() == 0.5).all()
     assert len(w.unique()) <= 2**bits and len(w[w > 0].unique()) <= 2 ** (bits - 1) - zero
     assert w.abs().max().log2() == layer.latent.abs().max().log2().round()
     layer.weight.sum().backward()
@@ -589,7 +589,7 @@ def product(shift, sign=torch.tensor(1)):  # noqa: B008
         (lambda: product(torch.tensor(1), torch.tensor(0)), r"sign must be \+1 or -1, got sizes 0"),
         (lambda: flip_rate(torch.zeros(3), torch.zeros(4)), r"w_b must be \(3\), got"),
         (lambda: flip_rate(torch.zeros(0), torch.zeros(0)), "number of weights must be at least 1"),
-        (lambda: tracker.update([torch.zeros(2)]), r"weights must have shapes \[\(3,\)\], got \[\(2,"),
+        (lambda: tracker.update([torch.zeros(2)]), r"have shapes \[\(3,\)\], got \[\(2,"),
         (lambda: tracker.update([]), r"shapes \[\(3,\)\], got \[\]"),
         (lambda: FreezeTracker([]), "number of weights must be at least 1"),
         (
