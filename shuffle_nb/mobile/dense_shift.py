@@ -397,9 +397,8 @@ def pack_codes(
     code = shift.to(torch.uint8) + (weight.flatten() < 0).to(torch.uint8) * 2 ** (bits - 1)
     stream = (code[:, None] >> torch.arange(bits, device=code.device, dtype=code.dtype)) & 1
     stream = F.pad(stream.flatten(), (0, -len(code) * bits % 8)).view(-1, 8)
-    return (stream << torch.arange(8, device=code.device, dtype=code.dtype)).sum(
-        1, dtype=code.dtype
-    )
+    bytes_of = stream << torch.arange(8, device=code.device, dtype=code.dtype)
+    return bytes_of.sum(1, dtype=code.dtype)
 
 
 def unpack_codes(
