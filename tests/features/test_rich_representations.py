@@ -25,7 +25,6 @@ from shuffle_nb.features.rich_representations import (
     distill_features,
     effective_rank,
     linear_probe,
-    probe_tasks,
     redundant_xors,
     ridge,
     train_episodes,
@@ -290,7 +289,8 @@ def test_tasks_are_probed_one_by_one():
     y[:, 1] = (z[:, 0] > 0).long()
     z_test = normal(50, 6, seed=5)
     y_test = torch.stack([torch.zeros(50).long(), (z_test[:, 0] > 0).long(), y[:50, 2]], dim=1)
-    found = probe_tasks(z, y, z_test, y_test)
+    *_, weight, bias = ridge(z, 2 * y.double() - 1, each=True)
+    found = ((z_test @ weight + bias > 0) == y_test.bool()).double().mean(0)
     alone = [linear_probe(z, y[:, j], z_test, y_test[:, j]).accuracy for j in range(3)]
     assert found.tolist() == pytest.approx(alone) and found[1] > 0.9
 
@@ -383,6 +383,20 @@ def test_the_twin_has_one_head_and_no_others():
     assert sum(p.numel() for p in twin.parameters()) == 4 * (5 * 3 + 3) + 12 * 2 + 2
     twin(x).sum().backward()
     assert all(p.grad is not None for p in twin.parameters())
+
+
+def test_the_twin_of_one_layer_is_a_wider_network():
+    twin, wide, x = (
+        ParallelNet(lambda: FeatureNet((5, 3), 2), 4, 2),
+        FeatureNet((5, 12), 2),
+        normal(6, 5),
+    )
+    layers = [net.trunk[0][0] for net in twin.models]
+    with torch.no_grad():
+        wide.trunk[0][0].weight.copy_(torch.cat([layer.weight for layer in layers]))
+        wide.trunk[0][0].bias.copy_(torch.cat([layer.bias for layer in layers]))
+    wide.head.load_state_dict(twin.head.state_dict())
+    assert torch.allclose(twin(x.float()), wide(x.float()), atol=1e-6)
 
 
 def test_two_stages_on_copies():
@@ -609,16 +623,16 @@ def images(classes):
     [
         (lambda: redundant_xors(0), "rows must be at least 1, got 0"),
         (lambda: redundant_xors(3, m=0), "m must be at least 1, got 0"),
-        (lambda: FeatureNet([4], 2), "sizes must hold an input and a layer or more, got .4."),
+        (lambda: FeatureNet([4], 2), "sizes must hold two numbers or more, got .4."),
         (lambda: FeatureNet([4, 0], 2), r"sizes\[1\] must be at least 1, got 0"),
         (lambda: FeatureNet([4, 3], 2)(torch.ones(5)), r"x must be \(batch, 4\), got shape \(5,\)"),
-        (lambda: train_episodes(nn.Flatten, id, []), "one or more different numbers, got"),
+        (lambda: train_episodes(nn.Flatten, id, []), "seeds must be different numbers, got"),
         (lambda: train_episodes(nn.Flatten, id, [1, 1]), r"different numbers, got \[1, 1\]"),
         (lambda: ConcatFeatures([]), "models must hold at least one model, got none"),
         (lambda: ConcatFeatures([nn.Identity()])(torch.ones(2, 3, 4)), "features of model 0 must"),
         (lambda: ConcatFeatures([nn.Flatten(0)])(torch.ones(2, 3)), r"got shape \(6,\)"),
-        (lambda: NetStack([]), "one or more of one shape, got 0 shapes"),
-        (lambda: NetStack([FeatureNet([4, 3], 2), FeatureNet([4, 2], 2)]), "got 2 shapes"),
+        (lambda: NetStack([]), "nets must have one shape, got 0"),
+        (lambda: NetStack([FeatureNet([4, 3], 2), FeatureNet([4, 2], 2)]), "one shape, got 2"),
         (lambda: NetStack(some_nets())(torch.ones(2, 6, 5)), r"x must be \(3, batch, 5\)"),
         (lambda: NetStack(some_nets())(torch.ones(6, 4)), r"x must be \(batch, 5\)"),
         (lambda: of_z(y=Y[:5]), r"y_train must be \(12\), got shape \(5,\)"),
@@ -631,14 +645,13 @@ def images(classes):
         (lambda: of_z(z_test=Z * math.nan), "z_test must be finite, got nan"),
         (lambda: of_z(alphas=[]), "number of alphas must be at least 1, got 0"),
         (lambda: of_z(alphas=[1.0, 0.0]), r"alphas\[1\] must be positive and finite, got 0"),
-        (lambda: probe_tasks(Z, Y[:, None] + 1, Z, Y[:, None]), "y_train must be in 0..1, got 1"),
-        (lambda: average_heads([]), r"same out_features, got \[\]"),
+        (lambda: average_heads([]), r"one number of classes, got \[\]"),
         (lambda: average_heads([nn.Linear(2, 3), nn.Linear(2, 4)]), r"got \[3, 4\]"),
         (lambda: ProbeHead(0, 2), "dim must be at least 1, got 0"),
         (lambda: ProbeHead(3, 2)(torch.ones(2, 4)), r"z must be \(batch, 3\)"),
         (lambda: ParallelNet(lambda: FeatureNet([4, 3], 2), 0, 2), "n must be at least 1, got 0"),
-        (lambda: ParallelNet(nn.Flatten, 2, 2), "features\\(x\\) and a linear head"),
-        (lambda: ParallelNet(lambda: ONE, 2, 2), "a new model each time"),
+        (lambda: ParallelNet(nn.Flatten, 2, 2), "a new model with a linear head"),
+        (lambda: ParallelNet(lambda: ONE, 2, 2), "a new model with a linear head"),
         (lambda: two_stage_finetune([], Z, Y, 2), "number of models must be at least 1, got 0"),
         (lambda: two_stage_finetune(some_nets(), Z, Y, 1), r"y must be in 0..0, got 0 to 1"),
         (lambda: two_stage_finetune(some_nets(), Z, Y[:3], 2), r"y must be \(12\)"),
