@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SURROGATES', 'FLOATS', 'dense_shift_levels', 'straight_through', 'sign_pm1', 'binarize01', 'shift_as_written',
            'weight_as_written', 'dense_shift_weight', 'DenseShiftLayer', 'DenseShiftLinear', 'DenseShiftConv2d',
-           's3_weight', 'power_of_two_weight', 'S3Linear', 'PowerOfTwoLinear', 'shift_multiply', 'flip_rate',
-           'FreezeTracker', 'to_dense_shift', 'pack_codes', 'unpack_codes']
+           's3_weight', 'power_of_two_weight', 'shift_multiply', 'flip_rate', 'FreezeTracker', 'S3Linear',
+           'PowerOfTwoLinear', 'to_dense_shift', 'pack_codes', 'unpack_codes']
 
 # %% ../../nbs/mobile/04_dense_shift.ipynb #6f7c0c3f
 from math import log, prod
@@ -252,41 +252,6 @@ def power_of_two_weight(
     kept = torch.exp2(exponent.maximum(lowest)) * sign_pm1(w)
     return straight_through(torch.where(exponent < lowest, 0, kept) if zero else kept, w)
 
-# %% ../../nbs/mobile/04_dense_shift.ipynb #fe8c932a
-class S3Linear(_LinearForward, nn.Module):
-    """nn.Linear with the weights of S3: {0, +-1, +-2, +-4}, or with 2 bits {0, +-1}."""
-
-    def __init__(self, in_features: int, out_features: int, bits: int = 3, init_std: float = 1e-3):
-        super().__init__()
-        require_at_least_one(in_features=in_features, out_features=out_features)
-        require_between(2, 3, bits=bits)
-        require_positive(init_std=init_std)
-        shape = (out_features, in_features)
-        self.w_sign = nn.Parameter(init_std * torch.randn(shape))
-        self.switch = nn.Parameter(init_std * torch.randn(shape))
-        self.scales = nn.Parameter(init_std * torch.randn(2 * (bits - 2), *shape))
-
-    @property
-    def weight(self) -> Float[Tensor, "out_features in_features"]:
-        """The weights of now, with their gradient."""
-        return s3_weight(self.w_sign, self.switch, self.scales)
-
-
-class PowerOfTwoLinear(_LinearForward, nn.Module):
-    """nn.Linear with weights rounded to powers of two."""
-
-    def __init__(self, in_features: int, out_features: int, bits: int = 3, zero: bool = True):
-        super().__init__()
-        require_at_least_one(in_features=in_features, out_features=out_features)
-        require_between(2, 5, bits=bits)
-        self.bits, self.zero = bits, zero
-        self.latent = nn.Parameter(nn.Linear(in_features, out_features).weight.detach())
-
-    @property
-    def weight(self) -> Float[Tensor, "out_features in_features"]:
-        """The weights of now, with their gradient."""
-        return power_of_two_weight(self.latent, self.bits, self.zero)
-
 # %% ../../nbs/mobile/04_dense_shift.ipynb #eb4d68e3
 FLOATS = {torch.float32: (torch.int32, 23, 255), torch.float16: (torch.int16, 10, 31)}
 
@@ -311,7 +276,7 @@ def shift_multiply(
     normal = exponent.clamp(0, 1) * (top - exponent - s).clamp_(0, 1)
     return (product + normal * (moved - product)).view(x.dtype)
 
-# %% ../../nbs/mobile/04_dense_shift.ipynb #5b896473
+
 def _require_shifts(x: Tensor, shift: Tensor, sign: Tensor) -> None:
     if x.dtype not in FLOATS:
         raise ValueError(f"x must be float32 or float16, got {x.dtype}")
@@ -358,6 +323,41 @@ class FreezeTracker:
 
 def _share(masks: list[Tensor]) -> float:
     return torch.cat([mask.flatten() for mask in masks]).double().mean().item()
+
+# %% ../../nbs/mobile/04_dense_shift.ipynb #fe8c932a
+class S3Linear(_LinearForward, nn.Module):
+    """nn.Linear with the weights of S3: {0, +-1, +-2, +-4}, or with 2 bits {0, +-1}."""
+
+    def __init__(self, in_features: int, out_features: int, bits: int = 3, init_std: float = 1e-3):
+        super().__init__()
+        require_at_least_one(in_features=in_features, out_features=out_features)
+        require_between(2, 3, bits=bits)
+        require_positive(init_std=init_std)
+        shape = (out_features, in_features)
+        self.w_sign = nn.Parameter(init_std * torch.randn(shape))
+        self.switch = nn.Parameter(init_std * torch.randn(shape))
+        self.scales = nn.Parameter(init_std * torch.randn(2 * (bits - 2), *shape))
+
+    @property
+    def weight(self) -> Float[Tensor, "out_features in_features"]:
+        """The weights of now, with their gradient."""
+        return s3_weight(self.w_sign, self.switch, self.scales)
+
+
+class PowerOfTwoLinear(_LinearForward, nn.Module):
+    """nn.Linear with weights rounded to powers of two."""
+
+    def __init__(self, in_features: int, out_features: int, bits: int = 3, zero: bool = True):
+        super().__init__()
+        require_at_least_one(in_features=in_features, out_features=out_features)
+        require_between(2, 5, bits=bits)
+        self.bits, self.zero = bits, zero
+        self.latent = nn.Parameter(nn.Linear(in_features, out_features).weight.detach())
+
+    @property
+    def weight(self) -> Float[Tensor, "out_features in_features"]:
+        """The weights of now, with their gradient."""
+        return power_of_two_weight(self.latent, self.bits, self.zero)
 
 # %% ../../nbs/mobile/04_dense_shift.ipynb #07518e02
 def to_dense_shift(
