@@ -118,7 +118,9 @@ def level_minus_spread(
     """Return the mean minus `penalty` times the population standard deviation."""
     if not 0 <= penalty < math.inf:
         raise ValueError(f"penalty must be at least 0 and finite, got {penalty}")
-    return relative.mean(-1) - penalty * relative.std(-1, correction=0)
+    mean = relative.mean(-1, keepdim=True)
+    distance = torch.linalg.vector_norm(relative - mean, dim=-1)  # far faster than std
+    return mean.squeeze(-1) - penalty * distance / relative.shape[-1] ** 0.5
 
 
 def xscore(
@@ -163,7 +165,30 @@ def directions(values: Tensor, method: str = "spearman") -> Tensor:
     """Columns of length 1 whose products are rank correlations; equal values give zeros."""
     return F.normalize(DIRECTIONS[method](values), dim=-2)
 
+# %% ../../nbs/mobile/03_xscore.ipynb #b312c103
+def _as_scores(**vectors: object) -> Tensor:
+    """Take one vector of finite numbers."""
+    ((name, values),) = vectors.items()
+    if not isinstance(values, Tensor):
+        values = torch.from_numpy(np.array(values, dtype=np.float64))
+    if values.ndim != 1 or (may_look(values) and not values.isfinite().all()):
+        raise ValueError(f"{name} must be a vector of finite numbers, got {values}")
+    return values
 
+
+def _two_models(table: Tensor) -> Tensor:
+    """On the CPU, in float64."""
+    if len(table) < 2:
+        raise ValueError(f"acc must hold two models or more to be ranked, got {len(table)}")
+    return table.cpu().double()
+
+
+def _require_feasible(k: int, datasets: int, most: int) -> None:
+    require_between(1, most, **{"k, the size of a subset,": k})
+    if math.comb(datasets, k) > 1_000_000:
+        raise ValueError(f"subsets must be at most 1,000,000, got {math.comb(datasets, k):,}")
+
+# %% ../../nbs/mobile/03_xscore.ipynb #0659afb5
 def rank_correlation(
     a,  # one score a model: tensor, array or list
     b,
@@ -184,16 +209,6 @@ def pairwise_dataset_correlation(
     """Return Spearman's correlation of every two columns."""
     ranks = directions(_two_models(_as_table(acc)))
     return (ranks.mT @ ranks).clamp(-1, 1)
-
-# %% ../../nbs/mobile/03_xscore.ipynb #092aa084
-def _as_scores(**vectors: object) -> Tensor:
-    """Take one vector of finite numbers."""
-    ((name, values),) = vectors.items()
-    if not isinstance(values, Tensor):
-        values = torch.from_numpy(np.array(values, dtype=np.float64))
-    if values.ndim != 1 or (may_look(values) and not values.isfinite().all()):
-        raise ValueError(f"{name} must be a vector of finite numbers, got {values}")
-    return values
 
 # %% ../../nbs/mobile/03_xscore.ipynb #cbe492b1
 def subset_scores(
@@ -265,19 +280,6 @@ def bootstrap_xscore(
     draws = np.random.default_rng(seed).integers(0, relative.shape[1], (n, relative.shape[1]))
     return level_minus_spread(relative[:, torch.from_numpy(draws).to(relative.device)], penalty)
 
-# %% ../../nbs/mobile/03_xscore.ipynb #b312c103
-def _two_models(table: Tensor) -> Tensor:
-    """On the CPU, in float64."""
-    if len(table) < 2:
-        raise ValueError(f"acc must hold two models or more to be ranked, got {len(table)}")
-    return table.cpu().double()
-
-
-def _require_feasible(k: int, datasets: int, most: int) -> None:
-    require_between(1, most, **{"k, the size of a subset,": k})
-    if math.comb(datasets, k) > 1_000_000:
-        raise ValueError(f"subsets must be at most 1,000,000, got {math.comb(datasets, k):,}")
-
 # %% ../../nbs/mobile/03_xscore.ipynb #154f74fc
 def train_and_test(
     build: Callable[[int], nn.Module],  # number of classes -> network
@@ -313,17 +315,12 @@ def run_benchmark(
     """Train every network on every set with every seed; return test accuracies."""
     if not (zoo and suite and seeds):
         raise ValueError("zoo, suite and seeds must hold at least one each, got none")
-    tables = []
+    rows = []
     for seed in seeds:
         sets = suite(seed) if callable(suite) else suite
-        builders = [build for build, _ in zoo.values()]
-        tables.append(
-            [
-                [train_and_test(build, data, seed, updates, **options) for data in sets.values()]
-                for build in builders
-            ]
-        )
-    return torch.tensor(tables, dtype=torch.float64)
+        for build, _ in zoo.values():
+            rows.append([train_and_test(build, d, seed, updates, **options) for d in sets.values()])
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(seeds), len(zoo), -1)
 
 # %% ../../nbs/mobile/03_xscore.ipynb #48609f2c
 STORED = PACKAGE / "mobile" / "xscore.reference.csv"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import skimage
 import torch
 
 from shuffle_nb.mobile import seven_domains
@@ -74,6 +75,21 @@ def test_patches_come_from_the_half_that_is_named():
     standard = patches[labels == 0]
     assert np.allclose(standard.mean((1, 2)), 0) and np.allclose(standard.std((1, 2)), 1)
     assert seven_domains._halves([np.ones((4, 6, 3))], False)[0].shape == (4, 3)
+
+
+def test_training_sees_left_halves_and_the_test_right_ones(monkeypatch):
+    seen = []
+
+    def record(rng, pictures, count):
+        seen.append(pictures)
+        return np.zeros((count, 16, 16)), np.zeros(count, int)
+
+    monkeypatch.setattr(seven_domains, "_patches", record)
+    cross_dataset_suite(0, 5, 5)
+    brick, camera = skimage.data.brick(), skimage.data.camera()
+    assert np.array_equal(seen[0][0], brick[:, :256]) and np.array_equal(seen[1][0], brick[:, 256:])
+    assert np.array_equal(seen[2][3], camera[:, :256])
+    assert np.array_equal(seen[3][3], camera[:, 256:])
 
 
 def test_shapes_lie_inside_and_differ():
