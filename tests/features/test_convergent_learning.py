@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from shuffle_nb.features import convergent_learning
 from shuffle_nb.features.convergent_learning import (
     RunningCorrelation,
     activations,
@@ -86,8 +87,14 @@ def test_a_constant_is_dead_whatever_its_size(value, dtype):
     x = torch.full((9999, 2), value, dtype=dtype)
     x[:, 1] += normal(9999).to(dtype)
     corr = unit_correlation(x)
-    assert corr[0].tolist() == [0, 0] and corr[1, 1] == pytest.approx(1)
+    assert corr[0].tolist() == [0, 0] and corr[1, 1] == pytest.approx(1, abs=1e-5)
     assert not live_units(x)[0]
+
+
+def test_float32_keeps_its_digits_over_a_long_sum():
+    x = torch.rand(500_000, 3, generator=torch.Generator().manual_seed(0)) + 5
+    x[:, 2] += x[:, 0]
+    assert (unit_correlation(x) - unit_correlation(x.double())).abs().max() < 3e-6
 
 
 def test_one_sample_leaves_all_units_dead():
@@ -121,7 +128,8 @@ def test_autocast_leaves_correlations_alone():
     assert torch.equal(corr, unit_correlation(x))
 
 
-def test_one_graph(plain_python):
+def test_one_graph(plain_python, monkeypatch):
+    monkeypatch.setattr(convergent_learning, "BLOCK", 20)  # several blocks
     compiled = torch.compile(unit_correlation, fullgraph=True, backend="aot_eager")
     for shape in ((30, 5), (4, 5, 3, 3)):
         x, y = rectified(*shape), rectified(*shape, seed=1)
@@ -584,6 +592,7 @@ X = torch.rand(6, 3)
         (lambda: sparse_prediction(X, X, 0.1, x_val=X), "x_val come with y_val"),
         (lambda: sparse_prediction(X.log() / 0, X, 0.1), "x must be finite"),
         (lambda: sparse_prediction(X, X, 0.1, x_val=X[:, :2], y_val=X), "x_val"),
+        (lambda: linear_r2(X[:1], X[:1]), "samples of a half must be at least 1, got 0"),
         (lambda: spectral_clusters(torch.ones(3, 3), 4), r"k must be in 1\.\.3, got 4"),
         (lambda: spectral_clusters(torch.rand(3, 3).triu(), 2), "symmetric and not negative"),
         (lambda: spectral_clusters(torch.rand(3, 2), 2), r"affinity must be \(3, 3\)"),
