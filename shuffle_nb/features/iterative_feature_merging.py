@@ -71,9 +71,8 @@ def _check_layers(layers: Layers) -> None:
     for depth, (w, b) in enumerate(layers):
         n = len(layers[depth - 1][0]) if depth else w.shape[1]
         if w.ndim < 2 or 0 in w.shape or w.shape[1] % n or (w.ndim > 2 and w.shape[1] != n):
-            raise ValueError(
-                f"weight of layer {depth} must be (out, {n}, ...), got {tuple(w.shape)}"
-            )
+            shape = tuple(w.shape)
+            raise ValueError(f"weight of layer {depth} must be (out, {n}, ...), got {shape}")
         require_shape(len(w), **{f"bias of layer {depth}": b})
         require_finite(**{f"weight of layer {depth}": w, f"bias of layer {depth}": b})
 
@@ -123,6 +122,7 @@ def change_channels(
 ) -> list[list[Tensor | None]]:
     """Replace n channels by m: `make` acts on what makes them, `read` on what reads them."""
     (w, b), (v, c) = layers[depth], layers[depth + 1]
+    require_shape(len(make), len(w), make=make, read=read)
     columns = torch.einsum("mn,onp->omp", read, by_channel(v, len(w)))
     w = (make @ w.flatten(1)).reshape(-1, *w.shape[1:])
     b = None if b is None else make @ b
@@ -205,10 +205,7 @@ class _Merging:
         """Change the neighbours: rows w, x are added, columns v, u become their mean."""
         if depth > 0:
             m = len(self.groups[depth - 1])
-            w, x = (
-                self.counts[depth - 1][:m, None] * w[:m],
-                self.counts[depth - 1][:m, None] * x[:m],
-            )
+            w, x = (self.counts[depth - 1][:m, None] * row[:m] for row in (w, x))
             self.grams[depth - 1][1, :m, :m].addmm_(w, x.mT).addmm_(x, w.mT)
         if depth + 1 < len(self.groups):
             m = len(self.groups[depth + 1])
@@ -243,9 +240,7 @@ def producers_of(model: nn.Sequential) -> dict[str, nn.Module]:
     found, kind = {}, None  # what a sample is: None (unknown), "map" or "vector"
     for name, module in model.named_children():
         if type(module) in _NORMS:
-            raise ValueError(
-                f"{name!r} is a {type(module).__name__}: fold it first (fold_batchnorm)"
-            )
+            raise ValueError(f"{name!r} is {module}: fold it first (fold_batchnorm)")
         if type(module) is nn.Conv2d and module.groups == 1 and kind != "vector":
             found[name], kind = module, "map"
         elif type(module) is nn.Linear and kind != "map":
@@ -375,9 +370,8 @@ def fold_batchnorm(
 ) -> nn.Conv2d | nn.Linear:  # a new layer with a bias, which does what both did in evaluation
     """Fold BatchNorm into the layer before it. Raises ValueError for another number of channels."""
     if len(conv.weight) != bn.num_features or bn.running_var is None:
-        raise ValueError(
-            f"bn must hold running statistics of {len(conv.weight)} channels, got {bn}"
-        )
+        count = len(conv.weight)
+        raise ValueError(f"bn must hold running statistics of {count} channels, got {bn}")
     fuse = fuse_linear_bn_eval if isinstance(conv, nn.Linear) else fuse_conv_bn_eval
     return fuse(copy.deepcopy(conv).eval(), copy.deepcopy(bn).eval()).train(conv.training)
 
@@ -421,9 +415,8 @@ def prune_channels(
 
 def feature_complexity(model: nn.Sequential, beta: float = 0.1) -> dict[str, int]:
     """Channels left in each hidden layer, by the name of the layer that makes them."""
-    return dict(
-        zip(producers_of(model), iterative_feature_merging(model, beta).widths, strict=False)
-    )
+    widths = iterative_feature_merging(model, beta).widths
+    return dict(zip(producers_of(model), widths, strict=False))
 
 
 def count_flops(model: nn.Sequential, input_shape: Sequence[int]) -> int:
@@ -446,8 +439,12 @@ def merge_vgg(source: str, betas: Sequence[float], plan: Sequence = VGG16, **opt
     data, modules, before = load_images(source), [], 3
     x, y = data.train_images, data.train_labels
     for width in plan:
-        modules += [nn.MaxPool2d(2)] if width == "M" else _block(before, width)
-        before = before if width == "M" else width
+        if width == "M":
+            modules.append(nn.MaxPool2d(2))
+            continue
+        convolution = nn.Conv2d(before, width, 3, padding=1)
+        modules += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
+        before = width
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, data.num_classes)]
     net, batches = nn.Sequential(*modules, *head), MiniBatches(x, y, batch_size=min(128, len(y)))
     fit(net, lambda net, x, y: nn.functional.cross_entropy(net(x), y), batches, **options)
@@ -458,7 +455,3 @@ def merge_vgg(source: str, betas: Sequence[float], plan: Sequence = VGG16, **opt
         flops, parameters = count_flops(left.model, x.shape[1:]), costs.count_parameters(left.model)
         rows.append((beta, right.double().mean().item(), flops, parameters.trainable, left.widths))
     return rows
-
-
-def _block(before: int, width: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]

@@ -559,7 +559,7 @@ BAD_NETWORKS = {
     "tanh": (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), "IFM needs ReLU"),
     "norm": (
         nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)),
-        "'1' is a BatchNorm1d: fold it first",
+        "'1' is BatchNorm1d.*fold it first",
     ),
     "groups": (nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), RELU, nn.Conv2d(4, 2, 1)), "groups=1"),
     "no flatten": (nn.Sequential(nn.Conv2d(4, 4, 1), RELU, nn.Linear(4, 2)), "flattened"),
