@@ -164,19 +164,19 @@ def _take(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([d, r, c], 2), torch.stack([d.sum(-1), r.sum(-1)], 2) / size
 
 # %% ../../nbs/graphs/03_subgraph_permutation_equivariant.ipynb #81eaad5b
-def _put(x: Tensor, mask: Tensor, order: int) -> Tensor:
-    """Return all maps of x to tensors of an order, (B, c, maps, …)."""
+def _put(x: Tensor, mask: Tensor, a: int, b: int) -> Tensor:
+    """Return all maps of an x of order a to order b, (B, c, maps, …)."""
     _check_mask(mask)
-    require_shape(len(mask), "channels", *[mask.shape[1]] * (x.ndim - 2), x=x)
-    x = _real(x, mask, x.ndim - 2)
+    require_shape(len(mask), "channels", *[mask.shape[1]] * a, x=x)
+    x = _real(x, mask, a)
     vectors, numbers = _take(x, mask)
-    if order == 0:
+    if b == 0:
         return numbers
     m = x.shape[-1]
-    if order == 1:
+    if b == 1:
         return _real(torch.cat([vectors, numbers[..., None].expand(-1, -1, -1, m)], 2), mask, 1)
     eye = torch.eye(m, dtype=x.dtype, device=x.device)
-    places = [x[:, :, None], x.mT[:, :, None]] if x.ndim == 4 else []
+    places = [x[:, :, None], x.mT[:, :, None]] if a == 2 else []
     places += [torch.diag_embed(vectors), vectors[..., :, None].expand(-1, -1, -1, m, m)]
     places += [vectors[..., None, :].expand(-1, -1, -1, m, m)]
     places += [numbers[..., None, None] * eye, numbers[..., None, None].expand(-1, -1, -1, m, m)]
@@ -221,32 +221,32 @@ def equivariant_maps_2to2(x: Pairs, mask: Mask) -> Float[Tensor, "B c 15 m m"]:
     What lies outside the mask counts for nothing. Raises ValueError, as all of these maps do, for
     another shape and for a mask that does not begin with the real nodes.
     """
-    return _put(x, mask, 2)
+    return _put(x, mask, 2, 2)
 
 
 def equivariant_maps_2to1(x: Pairs, mask: Mask) -> Float[Tensor, "B c 5 m"]:
     """d, r, c, and t, s at every node."""
-    return _put(x, mask, 1)
+    return _put(x, mask, 2, 1)
 
 
 def equivariant_maps_2to0(x: Pairs, mask: Mask) -> Float[Tensor, "B c 2"]:
     """t, s."""
-    return _put(x, mask, 0)
+    return _put(x, mask, 2, 0)
 
 
 def equivariant_maps_1to2(x: Nodes, mask: Mask) -> Float[Tensor, "B c 5 m m"]:
     """x on the diagonal, along rows, along columns; its mean on the diagonal, everywhere."""
-    return _put(x, mask, 2)
+    return _put(x, mask, 1, 2)
 
 
 def equivariant_maps_1to1(x: Nodes, mask: Mask) -> Float[Tensor, "B c 2 m"]:
     """x, and its mean at every node."""
-    return _put(x, mask, 1)
+    return _put(x, mask, 1, 1)
 
 
 def equivariant_maps_1to0(x: Nodes, mask: Mask) -> Float[Tensor, "B c 1"]:
     """The mean."""
-    return _put(x, mask, 0)
+    return _put(x, mask, 1, 0)
 
 
 TAKE = {2: (1, 3, 2), 1: (0, 1, 1), 0: (0, 0, 1)}  # order -> tensors, vectors, numbers to take
@@ -454,6 +454,8 @@ def whole_graphs(
 ) -> tuple[Pairs, Mask]:
     """Return graphs as GlobalPEN reads them: adjacency and identity, and the mask."""
     _check_graph(edge_index, len(batch), batch=batch)
+    if may_look(batch) and (batch.diff() < 0).any():
+        raise ValueError(f"batch must ascend, got {batch.tolist()}")
     size = batch.bincount()
     place = _rank(batch, size)
     m = int(size.max())
@@ -494,6 +496,8 @@ def take_graphs(
     """Return the ego networks of some graphs; nodes are numbered anew, 0 for the first root."""
     count = int(batch.graph.max()) + 1
     require_ids(count, graphs=graphs)
+    if len(graphs.unique()) < len(graphs):
+        raise ValueError(f"graphs must hold no graph twice, got {graphs.tolist()}")
     place = graphs.new_full((count,), -1)
     place[graphs] = torch.arange(len(graphs), device=graphs.device)
     rows = (place[batch.graph] >= 0).nonzero().flatten()

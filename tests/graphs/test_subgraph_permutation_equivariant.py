@@ -631,6 +631,13 @@ BAD = {
     "buckets": (lambda: bucketed(egos(), [3, 2]), r"sizes must ascend.*got \[3, 2\]"),
     "no buckets": (lambda: bucketed(egos(), []), "sizes must ascend"),
     "unknown graph": (lambda: take_graphs(egos(), torch.tensor([1])), r"graphs must be in 0\.\.0"),
+    "a graph twice": (lambda: take_graphs(egos(), torch.tensor([0, 0])), r"twice, got \[0, 0\]"),
+    "a vector for a matrix": (lambda: MAPS[2, 2](X[:, :, 0], MASK), "x must be .2, channels, 4, 4"),
+    "a matrix for a vector": (lambda: MAPS[1, 1](X, MASK), "x must be .2, channels, 4., got"),
+    "graphs out of order": (
+        lambda: whole_graphs(EDGES[:, :0], torch.tensor([0, 1, 0])),
+        r"batch must ascend, got \[0, 1, 0\]",
+    ),
     "iterations": (lambda: wl_equivalent((EDGES, 3), (EDGES, 3), 0), "iterations must be at least"),
     "WL ids": (lambda: wl_equivalent((EDGES, 3), (EDGES, 2)), r"edge_index must be in 0\.\.1"),
     "GIN ids": (
