@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALPHAS', 'redundant_xors', 'FeatureNet', 'seeded', 'in_evaluation', 'joined', 'train_episodes', 'effective_rank',
-           'cross_predictability', 'ConcatFeatures', 'ProbeResult', 'ridge', 'linear_probe', 'NetStack',
+           'cross_predictability', 'ConcatFeatures', 'ridge', 'ProbeResult', 'linear_probe', 'NetStack',
            'average_heads', 'ProbeHead', 'ParallelNet', 'two_stage_finetune', 'distill_features', 'class_shift']
 
 # %% ../../nbs/features/05_rich_representations.ipynb #bef0e361
@@ -103,6 +103,82 @@ def joined(models: Iterable[nn.Module], x: Tensor) -> Tensor:
     require_shape(len(x), "features", **shapes)
     return torch.cat(parts, dim=1)
 
+
+class _UnderHead(nn.Module):
+    """A feature extractor under a new head."""
+
+    def __init__(self, model: nn.Module, x: Tensor, outputs: int):
+        super().__init__()
+        self.model, z = model, ConcatFeatures([model])(x[:1])
+        self.head = nn.Linear(z.shape[1], outputs, device=z.device, dtype=z.dtype)
+
+    def features(self, x: Tensor) -> Tensor:
+        return joined([self.model], x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def _descend(net: nn.Module, measure: Callable, x: Tensor, y: Tensor, seed: int, **options):
+    """Fit with batches of 128 (or of all rows) and a cosine schedule, on the device of the rows."""
+
+    def loss(model, x, y):
+        return measure(model(x), y)
+
+    batches = MiniBatches(x, y, batch_size=min(128, len(x)), seed=seed)
+    fit(net, loss, batches, seed=seed, schedule="cosine", device=str(x.device), **options)
+
+
+def _wide(name: str, z: Tensor) -> Tensor:
+    """Return float64, on the CPU where the device has none."""
+    require_finite(**{name: z})
+    return (z.cpu() if z.device.type == "mps" else z).double()
+
+
+def _centred(name: str, z: Tensor) -> Tensor:
+    """Return features minus their mean, in float64; ValueError where they do not vary."""
+    require_shape("rows", "d", **{name: z})
+    wide = _wide(name, z)
+    if len(z) < 2 or not (wide != wide[0]).any():
+        raise ValueError(f"{name} must vary over two rows or more, got {len(z)} equal rows")
+    return wide - wide.mean(0)
+
+
+def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return squared singular values and left singular vectors, the faster way."""
+    if len(x) > x.shape[1]:
+        u, s, _ = torch.linalg.svd(x, full_matrices=False)
+        return s.square(), u
+    squares, u = torch.linalg.eigh(x @ x.T)
+    return squares.clamp(min=0), u
+
+
+def _rows(z_train, y_train, z_test, y_test, alphas) -> tuple[Tensor, Tensor]:
+    """Check rows, labels and penalties, and return the features in float64."""
+    require_shape("rows", "d", z_train=z_train)
+    require_shape("rows", z_train.shape[1], z_test=z_test)
+    require_shape(len(z_train), y_train=y_train)
+    require_shape(len(z_test), y_test=y_test)
+    numbers = {"rows of z_train": len(z_train), "rows of z_test": len(z_test)}
+    require_at_least_one(**numbers, **{"number of alphas": len(alphas)})
+    require_positive(**{f"alphas[{i}]": float(alpha) for i, alpha in enumerate(alphas)})
+    if y_train.is_floating_point() or y_test.is_floating_point():
+        raise ValueError(f"labels must be whole numbers, got {y_train.dtype} and {y_test.dtype}")
+    return _wide("z_train", z_train), _wide("z_test", z_test)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
+    """Make a Linear layer from its numbers, at home where `like` is, in float32 or wider."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+    home = {"bias": bias is not None, "device": like.device, "dtype": dtype}
+    head = nn.utils.skip_init(nn.Linear, **sizes, **home)  # nothing is drawn
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if bias is not None:
+            head.bias.copy_(bias)
+    return head
+
 # %% ../../nbs/features/05_rich_representations.ipynb #ee6f3018
 def train_episodes(
     make_model: Callable[[], nn.Module],
@@ -142,21 +218,6 @@ def cross_predictability(
     u = u * (s > s[0] * max(a.shape) * torch.finfo(a.dtype).eps)
     return ((u.T @ b).square().sum() / b.square().sum()).item()
 
-# %% ../../nbs/features/05_rich_representations.ipynb #5d7f6dbd
-def _wide(name: str, z: Tensor) -> Tensor:
-    """Return float64, on the CPU where the device has none."""
-    require_finite(**{name: z})
-    return (z.cpu() if z.device.type == "mps" else z).double()
-
-
-def _centred(name: str, z: Tensor) -> Tensor:
-    """Return features minus their mean, in float64; ValueError where they do not vary."""
-    require_shape("rows", "d", **{name: z})
-    wide = _wide(name, z)
-    if len(z) < 2 or not (wide != wide[0]).any():
-        raise ValueError(f"{name} must vary over two rows or more, got {len(z)} equal rows")
-    return wide - wide.mean(0)
-
 # %% ../../nbs/features/05_rich_representations.ipynb #a9ad1de6
 class ConcatFeatures(nn.Module):
     """CAT: features of several models side by side, in evaluation mode, no gradients.
@@ -182,18 +243,9 @@ class ConcatFeatures(nn.Module):
             return in_evaluation(self.models, joined, self.models, x)
 
 # %% ../../nbs/features/05_rich_representations.ipynb #20663cb9
-@dataclass(frozen=True)
-class ProbeResult:
-    """What a linear probe found."""
-
-    accuracy: float  # on the test rows
-    alpha: float  # the penalty that predicts left-out training rows best
-    head: nn.Linear  # on raw features; outputs in the order of the sorted classes
-
-
 ALPHAS = tuple(10 ** (k / 2) for k in range(-4, 9))  # 0.01 to 10,000
 
-# %% ../../nbs/features/05_rich_representations.ipynb #989d2512
+
 def ridge(
     z: Float[Tensor, "rows d"],
     targets: Float[Tensor, "rows k"],
@@ -220,16 +272,16 @@ def ridge(
     weight = x.T @ (u @ (along / (squares[:, None] + penalties[best]))) / scale[:, None]
     return errors, best, weight, centre - mean @ weight
 
-# %% ../../nbs/features/05_rich_representations.ipynb #cbec8eda
-def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return squared singular values and left singular vectors, the faster way."""
-    if len(x) > x.shape[1]:
-        u, s, _ = torch.linalg.svd(x, full_matrices=False)
-        return s.square(), u
-    squares, u = torch.linalg.eigh(x @ x.T)
-    return squares.clamp(min=0), u
+# %% ../../nbs/features/05_rich_representations.ipynb #989d2512
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a linear probe found."""
 
-# %% ../../nbs/features/05_rich_representations.ipynb #1634a529
+    accuracy: float  # on the test rows
+    alpha: float  # the penalty that predicts left-out training rows best
+    head: nn.Linear  # on raw features; outputs in the order of the sorted classes
+
+
 @torch.no_grad()
 def linear_probe(
     z_train: Float[Tensor, "rows d"],
@@ -252,33 +304,6 @@ def linear_probe(
     _, best, weight, bias = ridge(train, targets, alphas, standardize)
     right = classes[(test @ weight + bias).argmax(1)] == y_test.to(train.device)
     return ProbeResult(right.double().mean().item(), alphas[best], _linear(weight.T, bias, z_train))
-
-# %% ../../nbs/features/05_rich_representations.ipynb #c39c5ff9
-def _rows(z_train, y_train, z_test, y_test, alphas) -> tuple[Tensor, Tensor]:
-    """Check rows, labels and penalties, and return the features in float64."""
-    require_shape("rows", "d", z_train=z_train)
-    require_shape("rows", z_train.shape[1], z_test=z_test)
-    require_shape(len(z_train), y_train=y_train)
-    require_shape(len(z_test), y_test=y_test)
-    numbers = {"rows of z_train": len(z_train), "rows of z_test": len(z_test)}
-    require_at_least_one(**numbers, **{"number of alphas": len(alphas)})
-    require_positive(**{f"alphas[{i}]": float(alpha) for i, alpha in enumerate(alphas)})
-    if y_train.is_floating_point() or y_test.is_floating_point():
-        raise ValueError(f"labels must be whole numbers, got {y_train.dtype} and {y_test.dtype}")
-    return _wide("z_train", z_train), _wide("z_test", z_test)
-
-
-def _linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
-    """Make a Linear layer from its numbers, at home where `like` is, in float32 or wider."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0]}
-    home = {"bias": bias is not None, "device": like.device, "dtype": dtype}
-    head = nn.utils.skip_init(nn.Linear, **sizes, **home)  # nothing is drawn
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        if bias is not None:
-            head.bias.copy_(bias)
-    return head
 
 # %% ../../nbs/features/05_rich_representations.ipynb #85a0918e
 class NetStack(nn.Module):
@@ -371,31 +396,6 @@ class ParallelNet(nn.Module):
     def forward(self, x: Tensor) -> Float[Tensor, "batch classes"]:
         """Return logits."""
         return self.head(self.features(x))
-
-# %% ../../nbs/features/05_rich_representations.ipynb #b2c763e6
-class _UnderHead(nn.Module):
-    """A feature extractor under a new head."""
-
-    def __init__(self, model: nn.Module, x: Tensor, outputs: int):
-        super().__init__()
-        self.model, z = model, ConcatFeatures([model])(x[:1])
-        self.head = nn.Linear(z.shape[1], outputs, device=z.device, dtype=z.dtype)
-
-    def features(self, x: Tensor) -> Tensor:
-        return joined([self.model], x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
-
-
-def _descend(net: nn.Module, measure: Callable, x: Tensor, y: Tensor, seed: int, **options):
-    """Fit with batches of 128 (or of all rows) and a cosine schedule, on the device of the rows."""
-
-    def loss(model, x, y):
-        return measure(model(x), y)
-
-    batches = MiniBatches(x, y, batch_size=min(128, len(x)), seed=seed)
-    fit(net, loss, batches, seed=seed, schedule="cosine", device=str(x.device), **options)
 
 # %% ../../nbs/features/05_rich_representations.ipynb #15c22f82
 def two_stage_finetune(
