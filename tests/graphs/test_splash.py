@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from shuffle_nb.foundations.costs import count_flops
 from shuffle_nb.foundations.reference import load_reference
 from shuffle_nb.graphs.splash import (
     SLIM,
@@ -389,6 +390,16 @@ def test_parameters():
     for classes in (2, 7):
         model = NodePropertyPredictor(SLIM(100), classes)
         assert sum(p.numel() for p in model.head.parameters()) == 10_100 + 101 * classes
+
+
+@pytest.mark.parametrize(("queries", "slots"), [(50, 10), (50, 40), (200, 40)])
+def test_products_grow_with_the_filled_slots(queries, slots):
+    d, time_dim, h = 5, 7, 6
+    inputs = torch.randn(queries, d), torch.randn(queries, slots, d), torch.rand(queries, slots)
+    mask = torch.arange(slots).expand(queries, slots) < slots // 2
+    products = count_flops(SLIM(d, time_dim, h), *inputs, mask) // 2
+    once = queries * h * h + queries * ((h + d) * h + 2 * h * h)
+    assert products == queries * (slots // 2) * (d + time_dim + h) * h + once
 
 
 def test_batch_of_one_empty_batch_and_views():
