@@ -365,7 +365,7 @@ class GlobalPEN(nn.Module):
 
     def forward(self, x: Pairs, mask: Mask) -> Float[Tensor, "B classes"]:
         """Return logits."""
-        return self.head(self.nodes(x, mask).sum(1) / mask.sum(1)[:, None])
+        return self.head((self.nodes(x, mask) / mask.sum(1)[:, None, None]).sum(1))
 
 # %% ../../nbs/graphs/03_subgraph_permutation_equivariant.ipynb #5cc919d3
 class SPEN(GlobalPEN):
@@ -393,11 +393,10 @@ class SPEN(GlobalPEN):
         for part in [batch] if isinstance(batch, SubgraphBatch) else [part for _, part in batch]:
             require_ids(num_nodes, root=part.root)
             z = self.encode(part.x, part.mask)
-            empty = z.new_zeros(num_nodes, z.shape[2])
             members = part.nodes.clamp(min=0).flatten()  # padding adds its zeros to node 0
-            a = a + empty.index_add(0, part.root, z[:, 0])
-            b = b + empty.index_add(0, members, z.flatten(0, 1))
-        return torch.cat([a, b], 1)
+            a = a + _sums(z[:, 0], part.root, num_nodes)
+            b = b + _sums(z.flatten(0, 1), members, num_nodes)
+        return torch.cat([a, b], 1).to(z.dtype)
 
     def forward(
         self, batch: SubgraphBatch | list, num_nodes: int, num_graphs: int = 1
@@ -443,9 +442,14 @@ def _mean(x: Tensor, graph: Tensor, num_graphs: int) -> Tensor:
     """Mean of rows by graph; zero for a graph without rows."""
     require_at_least_one(num_graphs=num_graphs)
     require_ids(num_graphs, graph=graph)
-    total = x.new_zeros(num_graphs, x.shape[1]).index_add(0, graph, x)
-    count = x.new_zeros(num_graphs).index_add(0, graph, x.new_ones(len(graph)))
-    return total / count.clamp(min=1)[:, None]
+    count = _sums(x.new_ones(len(x), 1), graph, num_graphs)
+    return (_sums(x, graph, num_graphs) / count.clamp(min=1)).to(x.dtype)
+
+
+def _sums(x: Tensor, index: Tensor, size: int) -> Tensor:
+    """Add rows with the same index, in float32 at least: half precision counts to 256."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.new_zeros(size, x.shape[1]).index_add(0, index, x)
 
 
 def whole_graphs(

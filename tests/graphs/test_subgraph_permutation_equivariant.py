@@ -433,7 +433,21 @@ def test_half_precision_and_autocast(dtype):
     assert halved.dtype == dtype and torch.allclose(halved.float(), plain, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_nodes_are_counted_right_in_half_precision(dtype):
+    edges, n = edges_of(nx.circulant_graph(1_000, [1, 2, 3]))
+    model, gin, graph = SPEN(2), GIN(1), torch.zeros(1_000, dtype=torch.long)
+    egos, both = model.cut(edges, n), torch.cat([edges, edges.flip(0)], 1)
+    for call in (lambda: model(egos, n), lambda: gin(torch.ones(n, 1), both, graph)):
+        with torch.no_grad():
+            plain = call()
+            with torch.autocast("cpu", dtype=dtype):
+                assert torch.allclose(call().float(), plain, rtol=0.05, atol=0.05)
+
+
 def test_large_graphs_do_not_overflow_half_precision():
+    whole, ones = torch.ones(1, 2, 600, 600).half(), prefix(600, m=600)
+    assert GlobalPEN(2, 4).half()(whole, ones).isfinite().all()
     x, mask = torch.full((1, 1, 400, 400), 100.0, dtype=torch.float16), prefix(400, m=400)
     assert MAPS[2, 0](x, mask).isfinite().all()
 
