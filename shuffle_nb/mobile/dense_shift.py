@@ -216,12 +216,7 @@ class DenseShiftConv2d(DenseShiftLayer):
         super().__init__((out_channels, in_channels // groups, *sides), bits, init_std, surrogate)
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.in_channels = in_channels
-        self.options = {
-            "stride": stride,
-            "padding": padding,
-            "dilation": dilation,
-            "groups": groups,
-        }
+        self.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
 
     def forward(self, x: Maps) -> Float[Tensor, "batch out_channels new_height new_width"]:
         require_maps(x, self.in_channels)
