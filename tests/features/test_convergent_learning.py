@@ -344,6 +344,14 @@ def test_sparse_maps_are_those_of_coordinate_descent(lam):
         assert found.nonzeros[unit] == (lasso.coef_ != 0).sum()
 
 
+def test_units_that_are_nearly_alike_take_few_steps_too():
+    groups = normal(1000, 8)[:, torch.arange(64) // 8]
+    x = standardise(0.1 * normal(1000, 64, seed=1) + 0.9 * groups)[0]
+    y = standardise(x @ normal(64, 4, seed=2) + normal(1000, 4, seed=3))[0]
+    found, best = (sparse_prediction(x, y, 0.03, max_iter=count) for count in (1000, 100_000))
+    assert torch.allclose(found.weight, best.weight, atol=1e-5)
+
+
 def test_maps_and_other_samples_for_the_loss():
     x, y = rectified(4, 5, 2, 3).float(), rectified(4, 2, 2, 3, seed=1).float()
     found = sparse_prediction(x, y, 0.02, x_val=x[:1], y_val=y[:1])
