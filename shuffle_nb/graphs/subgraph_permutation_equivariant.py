@@ -347,7 +347,7 @@ class GlobalPEN(nn.Module):
         widths = [in_channels] + [hidden] * (num_layers - 1)
         self.layers = nn.ModuleList(EquivariantLinear({2: c}, {2: hidden}) for c in widths)
         self.final = EquivariantLinear({2: hidden}, {1: hidden})
-        self.head = nn.Sequential(nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, num_classes))
+        self.head = _mlp(wide, wide, num_classes)
 
     def encode(self, x: Pairs, mask: Mask) -> Float[Tensor, "B m h"]:
         """Return z, zero outside the mask. Raises ValueError as a layer does."""
@@ -369,16 +369,12 @@ class GlobalPEN(nn.Module):
 
 # %% ../../nbs/graphs/03_subgraph_permutation_equivariant.ipynb #5cc919d3
 class SPEN(GlobalPEN):
-    """The same layers on the ego network of every node, and the way back to the graph."""
+    """The same layers on the ego network of every node, and the way back to the graph.
 
-    def __init__(
-        self,
-        in_channels: int,  # of the ego networks; the root mark counts
-        hidden: int = 16,
-        num_layers: int = 2,
-        k: int = 1,  # for `cut`
-        num_classes: int = 2,
-    ):
+    in_channels are those of the ego networks, the root mark included; k is for `cut`.
+    """
+
+    def __init__(self, in_channels: int, hidden=16, num_layers=2, k=1, num_classes=2):
         super().__init__(in_channels, hidden, num_layers, num_classes)
         require_at_least_one(k=k)
         self.k = k
@@ -416,12 +412,8 @@ class GIN(nn.Module):
         super().__init__()
         require_at_least_one(in_channels=in_channels, hidden=hidden, num_layers=num_layers)
         widths = [in_channels] + [hidden] * (num_layers - 1)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(c, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-            for c in widths
-        )
-        wide = 2 * hidden
-        self.head = nn.Sequential(nn.Linear(hidden, wide), nn.ReLU(), nn.Linear(wide, num_classes))
+        self.layers = nn.ModuleList(_mlp(c, hidden, hidden).append(nn.ReLU()) for c in widths)
+        self.head = _mlp(hidden, 2 * hidden, num_classes)
 
     def forward(
         self,
@@ -436,6 +428,10 @@ class GIN(nn.Module):
         for layer in self.layers:
             x = layer(x.index_add(0, target, x[source]))
         return self.head(_mean(x, graph, num_graphs))
+
+
+def _mlp(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(c_in, hidden), nn.ReLU(), nn.Linear(hidden, c_out))
 
 
 def _mean(x: Tensor, graph: Tensor, num_graphs: int) -> Tensor:
