@@ -99,8 +99,9 @@ def in_evaluation(module: nn.Module, call: Callable, *inputs: object) -> Tensor:
 def joined(models: Iterable[nn.Module], x: Tensor) -> Tensor:
     """Put the features of all models side by side."""
     parts = [getattr(model, "features", model)(x) for model in models]
-    shapes = {f"features of model {k}": part for k, part in enumerate(parts)}
-    require_shape(len(x), "features", **shapes)
+    for k, part in enumerate(parts):
+        if part.ndim != 2 or len(part) != len(x):
+            require_shape(len(x), "features", **{f"features of model {k}": part})
     return torch.cat(parts, dim=1)
 
 
