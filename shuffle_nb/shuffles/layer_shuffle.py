@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHUFFLE_MAMBA_SIZES', 'inverse_permutation', 'sample_permutation', 'layer_shuffle', 'shuffle_probs', 'LayerShuffle',
-           'BiMamba', 'DropPath', 'MambaBlock', 'resize_positions', 'ShuffleMamba', 'load_released', 'selective_scan']
+           'MambaBlock', 'resize_positions', 'ShuffleMamba', 'load_released', 'BiMamba', 'selective_scan']
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #aa1bf0bf
 import math
@@ -26,7 +26,12 @@ from shuffle_nb.foundations.arguments import (
     require_probability,
     require_shape,
 )
-from .selective_scan import scan, selective_scan
+from shuffle_nb.shuffles.selective_scan import (
+    BiMamba,
+    DropPath,
+    norm_before,
+    selective_scan,
+)
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #e9a15fe2
 def inverse_permutation(
@@ -149,7 +154,7 @@ def shuffle_probs(
     return schedules[schedule]
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #f1ca7576
-_all_ = ["selective_scan"]
+_all_ = ["BiMamba", "selective_scan"]
 
 
 class LayerShuffle(nn.Module):
@@ -174,110 +179,7 @@ class LayerShuffle(nn.Module):
         """Return the layer's output(s) in the original order."""
         return layer_shuffle(x, self.layer, self.prob, self.training, residual, generator, perm)
 
-# %% ../../nbs/shuffles/02_layer_shuffle.ipynb #3e0cd480
-def _initial_dt_bias(
-    *shape: int,
-    low: float = 1e-3,
-    high: float = 0.1,
-    floor: float = 1e-4,
-) -> Tensor:
-    """Draw step sizes log-uniformly in [low, high] and return what softplus maps to them."""
-    dt = torch.exp(torch.empty(shape).uniform_(math.log(low), math.log(high))).clamp(min=floor)
-    return dt + torch.log(-torch.expm1(-dt))
-
-
-class BiMamba(nn.Module):
-    """The bidirectional Mamba mixer: tokens (batch, T, d) -> (batch, T, d).
-
-    Parameters of the two directions are stacked along their first axis: forwards, then backwards.
-    """
-
-    def __init__(
-        self,
-        dim: int,  # d
-        state: int = 16,  # N
-        conv: int = 4,  # kernel of the causal convolution
-        expand: int = 2,  # e = expand * d
-        dt_rank: int | None = None,  # R; None: ceil(d / 16)
-    ):
-        super().__init__()
-        require_at_least_one(dim=dim, state=state, conv=conv, expand=expand, dt_rank=dt_rank)
-        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        self.dim, self.inner, self.state, self.rank = dim, expand * dim, state, rank
-        inner, rows = self.inner, rank + 2 * state
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv = nn.Conv1d(2 * inner, 2 * inner, conv, groups=2 * inner, padding=conv - 1)
-        self.x_proj = nn.Parameter(torch.empty(2, rows, inner).uniform_(-1, 1) * inner**-0.5)
-        self.dt_weight = nn.Parameter(torch.empty(2, inner, rank).uniform_(-1, 1) * rank**-0.5)
-        self.dt_bias = nn.Parameter(_initial_dt_bias(2, inner))
-        self.A_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(2, inner, 1))
-        self.D = nn.Parameter(torch.ones(2, inner))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
-
-    def convolve(
-        self,
-        x: Float[Tensor, "batch tokens inner"],
-    ) -> Float[Tensor, "batch tokens 2 inner"]:
-        """Both directions, backwards flipped: SiLU of the causal depthwise convolution."""
-        both = torch.cat([x, x.flip(1)], dim=-1).transpose(1, 2).unsqueeze(2)  # (batch, 2e, 1, T)
-        # As a picture one pixel high: on a CPU that takes half the time of F.conv1d.
-        weight, padding = self.conv.weight.unsqueeze(2), (0, self.conv.padding[0])
-        mixed = F.conv2d(both, weight, self.conv.bias, padding=padding, groups=2 * self.inner)
-        mixed = F.silu(mixed.squeeze(2)[..., : x.shape[1]]).transpose(1, 2)
-        return mixed.unflatten(-1, (2, self.inner))
-
-    def select(
-        self,
-        x: Float[Tensor, "batch tokens 2 inner"],  # from convolve
-    ) -> tuple[Tensor, Tensor, Tensor]:  # delta, B, C: (T, batch, 2, e), (T, batch, 2, N) twice
-        """What each token decides: its step size, where it writes, where it reads."""
-        rows = x.flatten(0, 1).transpose(0, 1)  # (2, batch * T, e)
-        sizes = [self.rank, self.state, self.state]
-        step, B, C = (rows @ self.x_proj.transpose(1, 2)).split(sizes, dim=-1)
-        delta = step @ self.dt_weight.transpose(1, 2)
-        exact = delta.to(torch.promote_types(delta.dtype, torch.float32))
-        parts = (F.softplus(exact + self.dt_bias.unsqueeze(1)), B, C)
-        return tuple(part.unflatten(1, x.shape[:2]).permute(2, 1, 0, 3) for part in parts)
-
-    def forward(self, u: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        require_shape("batch", "tokens", self.dim, u=u)
-        x, z = self.in_proj(u).chunk(2, dim=-1)
-        x = self.convolve(x)
-        delta, B, C = self.select(x)
-        rates = -self.A_log.exp().transpose(1, 2).contiguous()  # (2, N, e)
-        x = x.transpose(0, 1)  # time first
-        y = (scan(x, delta, rates, B, C) + self.D * x).to(z.dtype)
-        forwards, backwards = y.unbind(2)
-        both = (forwards + backwards.flip(0)).transpose(0, 1)
-        return self.out_proj(both * F.silu(z) / 2)
-
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #7a426211
-class DropPath(nn.Module):
-    """Stochastic depth: drop the whole branch of a sample with probability `prob`, in training."""
-
-    def __init__(self, prob: float = 0.0):
-        super().__init__()
-        require_probability(prob=prob)
-        self.prob = prob
-
-    def forward(self, x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "batch *rest"]:
-        if not self.training or self.prob == 0:  # draws nothing
-            return x
-        chance = torch.rand(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device)
-        return x * ((chance + (1 - self.prob)).floor() / max(1 - self.prob, 1e-12))
-
-
-class _RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.onnx.is_in_onnx_export():
-            return super().forward(x)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-def _norm(dim: int, rms_norm: bool) -> nn.Module:
-    return _RMSNorm(dim, eps=1e-5) if rms_norm else nn.LayerNorm(dim, eps=1e-5)
-
-# %% ../../nbs/shuffles/02_layer_shuffle.ipynb #05977acf
 class MambaBlock(nn.Module):
     """Add, then norm, then the mixer. Only the mixer can see a shuffle."""
 
@@ -292,7 +194,7 @@ class MambaBlock(nn.Module):
         dt_rank: int | None = None,
     ):
         super().__init__()
-        self.norm = _norm(dim, rms_norm)
+        self.norm = norm_before(dim, rms_norm)
         self.mixer = BiMamba(dim, state, conv, expand, dt_rank)
         self.drop_path = DropPath(drop_path)
 
@@ -396,7 +298,7 @@ class ShuffleMamba(nn.Module):
             MambaBlock(dim, drop, rms_norm, state, dt_rank=dt_rank) for drop in drops[:depth]
         )
         self.drop_path = DropPath(drop_path)
-        self.norm = _norm(dim, rms_norm)
+        self.norm = norm_before(dim, rms_norm)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         _initialise(self, init)
 
