@@ -65,6 +65,11 @@ def merge_channels(
     return [*layers[:depth], [w, b], [v, c], *layers[depth + 2 :]], counts
 
 # %% ../../nbs/features/04_iterative_feature_merging.ipynb #11475ca3
+def _in_double(x: Tensor) -> Tensor:
+    """The tensor in float64; on the CPU where its device (MPS) has none."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
+
+
 def _check_layers(layers: Layers) -> None:
     """Raise ValueError for layers that do not fit together, and for weights that are no numbers."""
     require_between(2, 10**6, **{"number of layers": len(layers)})
@@ -107,11 +112,6 @@ def channel_distance(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     require_shape(len(gram), len(gram), gram=gram)
     own = gram.diagonal()
     return (own[:, None] + own - 2 * gram).clamp(min=0)
-
-# %% ../../nbs/features/04_iterative_feature_merging.ipynb #32da2cda
-def _in_double(x: Tensor) -> Tensor:
-    """The tensor in float64; on the CPU where its device (MPS) has none."""
-    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 # %% ../../nbs/features/04_iterative_feature_merging.ipynb #1ad7ca52
 def change_channels(
@@ -328,8 +328,10 @@ def iterative_feature_merging(
     model = with_layers(model_or_layers, layers)
     return IFMResult(model, [len(of_layer) for of_layer in groups], groups, merging.history)
 
-# %% ../../nbs/features/04_iterative_feature_merging.ipynb #0229103b
-def _lowest(widths: list[int], beta: float, max_ratio: float, least: int, targets) -> list[int]:
+# %% ../../nbs/features/04_iterative_feature_merging.ipynb #f94730f7
+def _lowest(
+    widths: list[int], beta: float, max_ratio: float, least: int, targets: Sequence[int] | None
+) -> list[int]:
     """How far each layer may be merged; ValueError for an option out of range."""
     for name, value in (("beta", beta), ("max_ratio", max_ratio)):
         if not 0 < value <= 1:
