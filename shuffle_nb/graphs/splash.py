@@ -406,8 +406,9 @@ class SLIM(nn.Module):
     """Mean and sum of an MLP over the most recent edges; `skip_alpha` is λ_s."""
 
     def __init__(
-        self, node_dim, time_dim=100, hidden_dim=100, edge_dim=0, dropout=0.2, skip_alpha=1.0
-    ):
+        self, node_dim: int, time_dim: int = 100, hidden_dim: int = 100, edge_dim: int = 0,
+        dropout: float = 0.2, skip_alpha: float = 1.0,
+    ):  # fmt: skip
         super().__init__()
         require_at_least_one(node_dim=node_dim, time_dim=time_dim, hidden_dim=hidden_dim)
         require_probability(dropout=dropout)
@@ -417,8 +418,16 @@ class SLIM(nn.Module):
         self.norm, self.skip_norm = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)
         self.dropout, self.skip_alpha = nn.Dropout(dropout), skip_alpha
 
-    def forward(self, x_node, x_nbr, dt, mask, edge_attr=None, weight=None) -> Tensor:
-        """Return o (Q, h) for (Q, d), (Q, k, d), (Q, k), (Q, k), and (Q, k, e), (Q, k)."""
+    def forward(
+        self,
+        x_node: Float[Tensor, "Q d"],
+        x_nbr: Float[Tensor, "Q k d"],
+        dt: Float[Tensor, "Q k"],  # age of each edge
+        mask: Bool[Tensor, "Q k"],  # what is False is not looked at
+        edge_attr: Float[Tensor, "Q k e"] | None = None,
+        weight: Float[Tensor, "Q k"] | None = None,
+    ) -> Float[Tensor, "Q h"]:
+        """Return o. Raises ValueError for shapes and edge features that do not fit."""
         _check_slim(self, x_node, x_nbr, dt, mask, edge_attr, weight)
         number = mask.sum(1, keepdim=True).to(x_nbr.dtype)
         total = _edge_sum(self, x_nbr, dt, mask, edge_attr, weight, number)
@@ -426,12 +435,12 @@ class SLIM(nn.Module):
         own = self.node_mlp(torch.cat([mean, self.dropout(x_node)], 1))
         return self.norm(own) + self.skip_alpha * self.skip_norm(total)
 
-
+# %% ../../nbs/graphs/02_splash.ipynb #0d434689
 def _mlp(inputs: int, hidden: int) -> nn.Sequential:
     layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
     return nn.Sequential(*layers, nn.Linear(hidden, hidden))
 
-# %% ../../nbs/graphs/02_splash.ipynb #0d434689
+
 def _edge_sum(slim: nn.Module, x_nbr, dt, mask, edge_attr, weight, amount) -> Tensor:
     """Return s over filled slots. The last layer of MLP_1 is linear: it comes after the sum."""
     if torch.compiler.is_compiling():  # one graph wants fixed shapes: all slots, empty ones zero
@@ -550,7 +559,7 @@ def _check_selection(reprs, labels, times, ratios) -> None:
     require_ids(2**31, labels=labels)
     for ratio in ratios:
         early = int((times < ratio * times.max()).sum())
-        if not (0 < ratio < 1 and 0 < early < len(times)):
+        if not 0 < ratio < 1 or early in (0, len(times)):
             told = f"got {ratio:g}, with {early} of {len(times)} queries before it"
             raise ValueError(f"ratios must be between 0 and 1 and split the queries, {told}")
 
