@@ -517,7 +517,7 @@ def write_planetoid(folder, name, n=520, d=5):
     }
     for part, value in (parts | {"graph": graph}).items():
         (raw / f"ind.{name.lower()}.{part}").write_bytes(pickle.dumps(value))
-    (raw / f"ind.{name.lower()}.test.index").write_text("\n".join(map(str, range(n - 10, n))))
+    (raw / f"ind.{name.lower()}.test.index").write_text("".join(f"{i}\n" for i in range(n - 10, n)))
     return x
 
 
