@@ -12,7 +12,6 @@ __all__ = ['Pairs', 'Found', 'Nodes', 'PLANETOID', 'CSRGraph', 'neighbor_lists',
 import copy
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -42,7 +41,9 @@ Nodes = Float[Tensor, "n h"]  # a vector for each node
 class CSRGraph:
     """An undirected graph: the neighbours of node i are indices[indptr[i] : indptr[i + 1]].
 
-    Raises ValueError unless these are sorted, all different, in both directions, without i.
+    It also has `degree`, (n,); `row`, the node that each of `indices` is a neighbour of; and
+    `keys`, row * n + indices, sorted. Raises ValueError unless rows are sorted, hold no node
+    twice and not their own, and both directions of each link are there.
     """
 
     n: int
@@ -65,22 +66,6 @@ class CSRGraph:
         count = torch.bincount(keys // num_nodes, minlength=num_nodes)
         return cls(num_nodes, F.pad(count.cumsum(0), (1, 0)), keys % num_nodes)
 
-    @cached_property
-    def degree(self) -> Int[Tensor, " n"]:
-        """How many neighbours each node has."""
-        return self.indptr.diff()
-
-    @cached_property
-    def row(self) -> Int[Tensor, " entries"]:
-        """The node to which each entry of `indices` is a neighbour."""
-        nodes = torch.arange(self.n, device=self.indices.device)
-        return nodes.repeat_interleave(self.degree, output_size=len(self.indices))
-
-    @cached_property
-    def keys(self) -> Int[Tensor, " entries"]:
-        """One sorted number for each direction of each link: row * n + neighbour."""
-        return self.row * self.n + self.indices
-
     def to(self, device: torch.device | str):
         """Return the graph on another device."""
         return _trusted(self.n, self.indptr.to(device), self.indices.to(device))
@@ -90,6 +75,14 @@ def _trusted(n: int, indptr: Tensor, indices: Tensor) -> CSRGraph:
     """Make a graph out of parts that are known to be right."""
     graph = object.__new__(CSRGraph)
     graph.__dict__.update(n=n, indptr=indptr, indices=indices)
+    return _indexed(graph)
+
+
+def _indexed(graph: CSRGraph) -> CSRGraph:
+    degree = graph.indptr.diff()
+    nodes = torch.arange(graph.n, device=graph.indices.device)
+    row = nodes.repeat_interleave(degree, output_size=len(graph.indices))
+    graph.__dict__.update(degree=degree, row=row, keys=row * graph.n + graph.indices)
     return graph
 
 
@@ -98,10 +91,12 @@ def _check_graph(graph: CSRGraph) -> None:
     require_at_least_one(n=n)
     require_shape(n + 1, indptr=indptr)
     require_ids(n, indices=indices)
-    if not may_look(indptr):
+    looks, count = may_look(indptr), len(indices)
+    if looks and (indptr[0] != 0 or indptr[-1] != count or (indptr.diff() < 0).any()):
+        raise ValueError(f"indptr must rise from 0 to {count}, got {indptr.tolist()[:9]}")
+    _indexed(graph)
+    if not looks:
         return
-    if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr.diff() < 0).any():
-        raise ValueError(f"indptr must rise from 0 to {len(indices)}, got {indptr.tolist()[:9]}")
     if len(loops := indices[graph.row == indices]):
         raise ValueError(f"adj must not have self loops, got one at node {loops[0]}")
     if (graph.keys.diff() <= 0).any():

@@ -8,7 +8,7 @@ from shuffle_nb.graphs.neural_common_neighbor import CSRGraph, NCNCPredictor, NC
 REASON = "how many neighbours a pair shares is known only once they are found"
 
 
-def graph_and_pairs(n=20_000, degree=20, count=4096):
+def graph_and_pairs(n=8_000, degree=20, count=4096):
     links = torch.randint(n, (2, n * degree // 2))
     links = links[:, links[0] != links[1]]
     adj = CSRGraph.from_edge_index(links, n)
@@ -58,14 +58,14 @@ CORES = [
     Core(
         "NCN, encoder",
         build=lambda: Through(PureGCN(64, 64).eval(), encode),
-        inputs=lambda: (torch.randn(20_000, 64), *graph_and_pairs()[:2]),
+        inputs=lambda: (torch.randn(8_000, 64), *graph_and_pairs()[:2]),
         plain=encode_plain,
         backward=True,
     ),
     Core(
         "NCN, predictor",
         build=lambda: Through(NCNPredictor(64).eval(), score),
-        inputs=lambda: (torch.randn(20_000, 64), *graph_and_pairs()),
+        inputs=lambda: (torch.randn(8_000, 64), *graph_and_pairs()),
         plain=score_plain,
         backward=True,
         compile=False,
@@ -74,7 +74,7 @@ CORES = [
     Core(
         "NCNC, predictor",
         build=lambda: Through(NCNCPredictor(64).eval(), score),
-        inputs=lambda: (torch.randn(20_000, 64), *graph_and_pairs(count=512)),
+        inputs=lambda: (torch.randn(8_000, 64), *graph_and_pairs(count=512)),
         backward=True,
         compile=False,
         reason=REASON,
