@@ -8,8 +8,9 @@ __all__ = ['SHIPPED', 'BASE_FILE', 'BASE_SHA256', 'digit_images', 'edm_coefficie
            'edm_loss', 'edm_sigmas', 'sample_euler', 'sample_heun', 'load_tiny_edm', 'load_weights',
            'sample_stochastic', 'learning_rate', 'train_tiny_edm', 'digit_classifier', 'digit_features',
            'frechet_distance', 'frechet_floor', 'cosine_levels', 'table_levels', 'scaled_linear_schedule', 'diffuse',
-           'predict_image', 'noise_loss', 'ddim_step', 'TinyDiTBlock', 'TinyDiT', 'train_tiny_dit', 'load_tiny_dit',
-           'save_weights', 'make_weights', 'make_base_weights']
+           'predict_image', 'noise_loss', 'ddim_step', 'ddim_coefficients', 'draw_like', 'guided', 'released_table',
+           'extend_input_layer', 'id_retrieval', 'Recogniser', 'ResidualMLP', 'TinyDiTBlock', 'TinyDiT',
+           'train_tiny_dit', 'load_tiny_dit', 'save_weights', 'make_weights', 'make_base_weights']
 
 # %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #f24635f3
 import copy
@@ -33,6 +34,7 @@ from tqdm.auto import tqdm
 from shuffle_nb.foundations.arguments import (
     drawing_device,
     require_at_least_one,
+    require_between,
     require_divisible,
     require_finite,
     require_ids,
@@ -853,6 +855,141 @@ def ddim_step(
     """Make one deterministic DDIM step (eta = 0)."""
     z0_hat = (z - (1 - a_t) ** 0.5 * eps) / a_t**0.5
     return a_prev**0.5 * z0_hat + (1 - a_prev) ** 0.5 * eps, z0_hat
+
+# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #b33d8969
+def ddim_coefficients(
+    alphas_cumprod: Float[Tensor, " times"],  # abar_t, strictly decreasing
+    steps: int,  # S
+    t_start: int,  # time of the noise that the chain starts from
+) -> tuple[Int[Tensor, " steps"], Float[Tensor, " steps"], Float[Tensor, " steps"]]:
+    """Return the table (t, abar at t, abar at the next time) of a DDIM chain; its last entry is 1.
+
+    The times are round(linspace(t_start, -1, S + 1)) without the last. Compute it once: the check
+    of `alphas_cumprod` reads it.
+    """
+    require_shape("times", alphas_cumprod=alphas_cumprod)
+    if not torch.compiler.is_compiling():
+        falling = (alphas_cumprod.diff() < 0).all() & (alphas_cumprod > 0).all()
+        if not falling or alphas_cumprod[0] > 1:
+            raise ValueError("alphas_cumprod must fall strictly from at most 1 and stay positive")
+    require_between(0, len(alphas_cumprod) - 1, t_start=t_start)
+    require_between(1, t_start + 1, steps=steps)
+    place = torch.arange(steps, device=alphas_cumprod.device)
+    # Integers throughout: round half up of t_start - place * (t_start + 1) / steps.
+    t = (2 * (t_start * steps - place * (t_start + 1)) + steps) // (2 * steps)
+    a_t = alphas_cumprod[t]
+    return t, a_t, torch.cat([a_t[1:], a_t.new_ones(1)])
+
+# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #c78b3ba3
+def draw_like(
+    sampler: Callable,  # torch.rand or torch.randn
+    shape: Sequence[int],
+    like: Tensor,  # whose device and dtype (32 bits or more) the numbers take
+    generator: torch.Generator | None = None,  # on any device: it draws where it lives
+) -> Tensor:
+    """Draw random numbers beside a tensor, from a generator that may live elsewhere."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    where = drawing_device(generator, like.device)
+    return sampler(shape, generator=generator, device=where, dtype=dtype).to(like.device)
+
+
+def guided(
+    model: Callable,  # model(z, t, c), with null_condition(n)
+    guidance: float,  # 1 = none
+) -> Callable:  # to be called like the model
+    """Guide a model without a classifier: both halves run as one batch."""
+
+    def predict_noise(z: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        conditions = torch.cat([cond, model.null_condition(len(cond))])
+        with_cond, without = model(z.repeat(2, 1, 1, 1), t.repeat(2), conditions).chunk(2)
+        return torch.lerp(without, with_cond, guidance)
+
+    predict_noise.alphas_cumprod = getattr(model, "alphas_cumprod", None)
+    return predict_noise
+
+
+def released_table(
+    alphas_cumprod: Float[Tensor, " times"],  # abar_t
+    steps: int = 50,
+) -> tuple[Int[Tensor, " steps"], Float[Tensor, " steps"], Float[Tensor, " steps"]]:
+    """Return the table of latent diffusion's own sampler: times 981, 961, …, 1 for 50 of 1000."""
+    require_between(1, len(alphas_cumprod) - 1, steps=steps)
+    spacing = len(alphas_cumprod) // steps
+    t = (torch.arange(steps, device=alphas_cumprod.device) * spacing + 1).flip(0)
+    a_t = alphas_cumprod[t]
+    return t, a_t, torch.cat([a_t[1:], alphas_cumprod[:1]])
+
+
+def extend_input_layer(
+    layer: nn.Conv2d | nn.Linear,  # first layer of a trained network
+    extra: int,  # channels to add behind the present ones
+) -> nn.Conv2d | nn.Linear:  # a new layer; `layer` is left alone
+    """Widen the input of a layer by `extra` channels whose weights are zero."""
+    groups = getattr(layer, "groups", 1)
+    if extra < 0 or groups != 1:
+        raise ValueError(
+            f"extra must be at least 0 and the layer not grouped, got {extra} and {groups} groups"
+        )
+    wide, weight = copy.deepcopy(layer), layer.weight.detach()
+    zeros = weight.new_zeros(len(weight), extra, *weight.shape[2:])
+    wide.weight = nn.Parameter(torch.cat([weight, zeros], dim=1), layer.weight.requires_grad)
+    size = "in_channels" if isinstance(layer, nn.Conv2d) else "in_features"
+    setattr(wide, size, weight.shape[1] + extra)
+    return wide
+
+
+def id_retrieval(
+    features: Float[Tensor, "queries dim"],  # of the pictures that are asked about
+    gallery: Float[Tensor, "people dim"],
+    truth: Int[Tensor, " queries"],  # row of the gallery that each query should find
+    k: int = 1,
+) -> float:  # share in [0, 1]
+    """Return the share of queries whose true row is among the k nearest by cosine."""
+    require_shape("queries", "dim", features=features)
+    require_shape("people", features.shape[1], gallery=gallery)
+    require_shape(len(features), truth=truth)
+    require_at_least_one(queries=len(truth))
+    require_ids(len(gallery), truth=truth)
+    require_between(1, len(gallery), k=k)
+    scores = F.normalize(features, dim=1) @ F.normalize(gallery, dim=1).T
+    return (scores.topk(k, dim=1).indices == truth[:, None]).any(1).float().mean().item()
+
+# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #49f589b5
+class Recogniser(nn.Module):
+    """Features (batch, 64) of unit length; a row of `classes` shows what a class looks like."""
+
+    def __init__(self, pixels: int, num_classes: int):
+        super().__init__()
+        layers = (nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, 64))
+        self.body = nn.Sequential(nn.Flatten(), *layers)
+        self.classes = nn.Linear(64, num_classes, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 64"]:
+        return F.normalize(self.body(x), dim=-1)
+
+
+class ResidualMLP(nn.Module):
+    """Predict the noise of 8 x 8 pixels from three channels, a time and a condition (batch, 64)."""
+
+    def __init__(self, width: int = 128):
+        super().__init__()
+        self.enter = extend_input_layer(nn.Linear(64, width), 128)
+        self.time = nn.Linear(32, width)
+        self.cond = nn.ModuleList(nn.Linear(64, width) for _ in range(3))
+        layers = (nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(copy.deepcopy(nn.Sequential(*layers)) for _ in range(3))
+        self.leave = nn.Linear(width, 64)
+
+    def forward(
+        self,
+        z9: Float[Tensor, "batch 3 8 8"],  # noisy, what stays, mask
+        t: Int[Tensor, " batch"],
+        c: Float[Tensor, "batch 64"],
+    ) -> Float[Tensor, "batch 1 8 8"]:
+        state = self.enter(z9.flatten(1)) + self.time(waves(t, 32))
+        for cond, block in zip(self.cond, self.blocks, strict=True):
+            state = state + block(state + cond(c))
+        return self.leave(state).view(-1, 1, 8, 8)
 
 # %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #1d178e73
 class TinyDiTBlock(nn.Module):
