@@ -3,7 +3,7 @@
 import torch
 from device_check import Core
 
-from shuffle_nb.diffusion.relactrl import TwoDimShuffleMixer, mix_plain
+from shuffle_nb.diffusion.relactrl import TwoDimShuffleMixer, window_attention
 
 
 class Fixed(torch.nn.Module):
@@ -26,12 +26,27 @@ class Fixed(torch.nn.Module):
         return self.mixer.mix(u, *self.permutations())
 
 
+def recipe(core: Fixed, u: torch.Tensor) -> torch.Tensor:
+    """The published loops: groups one by one, the way back by a sorted permutation."""
+    mixed, start = torch.empty_like(u), 0
+    channel_perm, token_perms = core.permutations()
+    for attend, perm in zip(core.mixer.attentions, token_perms, strict=True):
+        channels = channel_perm[start : start + attend.dim]
+        start += attend.dim
+        flat = u[:, :, channels].flatten(1)[:, perm]
+        z = flat.view(len(u) * attend.segments, -1, attend.dim)
+        z = window_attention(z, attend.qkv, attend.proj, attend.num_heads)
+        back = z.view(flat.shape)[:, perm.argsort()]
+        mixed[:, :, channels] = back.view(len(u), -1, attend.dim).to(u.dtype)
+    return mixed
+
+
 CORES = [
     Core(
         f"RelaCtrl mixer, {length} tokens x 1152",
         build=lambda length=length: Fixed(length, dim=1152, groups=6).eval(),
         inputs=lambda length=length: (torch.randn(2, length, 1152),),
-        plain=lambda core: lambda u: mix_plain(core.mixer.attentions, u, *core.permutations()),
+        plain=lambda core: lambda u: recipe(core, u),
         backward=True,
     )
     for length in (256, 1024)
