@@ -81,14 +81,24 @@ def mean_of_codes(
 
 # %% ../../nbs/features/00_nearest_codes.ipynb #ec51367a
 #| code-fold: true
-def draw_rows(x: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+def draw_rows(
+    x: Float[Tensor, "examples width"],
+    count: int,
+    generator: torch.Generator | None = None,
+    noise: float = 0.0,  # added: its deviation in a coordinate, in lengths of the row
+) -> Float[Tensor, "count width"]:
     """Draw rows without replacement, starting again only when all have been drawn."""
     if len(x) < 1:
         raise ValueError("x must hold at least one vector to draw codes from, got none")
     place = drawing_device(generator, "cpu")
     rounds = range(-(-count // len(x)))
     drawn = [torch.randperm(len(x), generator=generator, device=place) for _ in rounds]
-    return x[torch.cat(drawn)[:count].to(x.device)] if drawn else x[:0]
+    rows = x[torch.cat(drawn)[:count].to(x.device)] if drawn else x[:0]
+    if not noise:
+        return rows
+    place = drawing_device(generator, x.device)
+    random = torch.randn(rows.shape, generator=generator, device=place).to(rows)
+    return rows + noise * rows.norm(dim=-1, keepdim=True) * random
 
 
 @torch.no_grad()

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['TokFSM', 'ParallelBlock', 'TokenTransformer', 'next_token_loss', 'evaluating', 'next_state_probabilities',
-           'first_transition_accuracy', 'js_divergence', 'code_purity', 'code_f1', 'neuron_f1', 'last_vectors',
-           'swap_vectors']
+           'first_transition_accuracy', 'js_divergence', 'code_purity', 'divergence_within', 'code_f1', 'neuron_f1',
+           'last_vectors', 'swap_vectors', 'insert_parts']
 
 # %% ../../nbs/features/00_token_machine.ipynb #06631faf
+import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,6 +83,10 @@ class TokFSM:
         second = F.one_hot(self.spelling[self.successors[state]][..., 1], self.vocab)
         follows = (fits.unsqueeze(-1) * second).sum(1) / fits.sum(1, keepdim=True)
         return torch.cat([self.contexts()[state], digit.unsqueeze(1)], dim=1), follows
+
+    def first_digits(self) -> Float[Tensor, "states vocab"]:
+        """Return the exact distribution of the digit that follows each state."""
+        return F.one_hot(self.spelling[self.successors][..., 0], self.vocab).double().mean(1)
 
     def sample(
         self,
@@ -227,6 +233,16 @@ def code_purity(
     return (labels_of_code == 1).double().mean().item()
 
 
+def divergence_within(
+    ids: Int[Tensor, " inputs"],  # code of each input; all equal: JS of any two inputs
+    follows: Float[Tensor, "inputs vocab"],  # what truly follows each input
+) -> float:
+    """Return the mean JS of what follows two inputs that have the same code."""
+    first, second = torch.triu_indices(len(ids), len(ids), 1)
+    same = ids[first] == ids[second]
+    return js_divergence(follows[first[same]], follows[second[same]]).mean().item()
+
+
 def _f1(hits: Tensor, fired: Tensor, present: Tensor) -> Tensor:
     """F1 = 2 hits / (fired + present), and 0 where nothing fired and nothing was there."""
     return 2 * hits / (fired + present).clamp_min(1)
@@ -317,3 +333,49 @@ def swap_vectors(
             stack.callback(part.register_forward_hook(change).remove)
         model(target_tokens)
         return model(source_tokens)[:, -1]
+
+# %% ../../nbs/features/00_token_machine.ipynb #1c389ffb
+#| code-fold: true
+def insert_parts(
+    model: nn.Module,
+    names: str | Sequence[str],  # of submodules; * stands for anything
+    slot: str,  # what the part is called there
+    build: Callable[[], nn.Module],  # makes a part, which maps a tensor to one of its shape
+    where: str = "output",  # what passes through it: the submodules' "output", or their "input"
+) -> dict[str, nn.Module]:  # the new parts, by name
+    """Hang a part on every submodule that is called by one of the names; it belongs to the model.
+
+    Of an output that is a tuple, the first tensor passes. Raises ValueError for a name that finds
+    nothing, a place whose slot is taken, and the input of an `nn.Sequential`.
+    """
+    require_one_of(["input", "output"], where=where)
+    modules, added = dict(model.named_modules()), {}
+    for name in [names] if isinstance(names, str) else names:
+        found = fnmatch.filter(modules, name)
+        if not found:
+            raise ValueError(f"names must be those of submodules, got {name!r}, which finds none")
+        for place in found:
+            module = modules[place]
+            chained = type(module).forward is nn.Sequential.forward
+            if hasattr(module, slot):
+                raise ValueError(f"names must find places without {slot}, got {place!r}")
+            if chained and where == "input":
+                raise ValueError(f"names must be the first part of {place!r} for its input")
+            part, home = build(), next(module.parameters(), None)
+            added[f"{place}.{slot}"] = part if home is None else part.to(home.device)
+            module.add_module(slot, part)
+            if where == "input":
+                module.register_forward_pre_hook(partial(_pass_input, slot=slot))
+            elif not chained:  # which calls its children in turn, so that the last one is the part
+                module.register_forward_hook(partial(_pass_output, slot=slot))
+    return added
+
+
+def _pass_input(module: nn.Module, args: tuple, slot: str) -> tuple:
+    return getattr(module, slot)(args[0]), *args[1:]
+
+
+def _pass_output(module: nn.Module, args: tuple, output, slot: str):
+    if isinstance(output, tuple):
+        return getattr(module, slot)(output[0]), *output[1:]
+    return getattr(module, slot)(output)

@@ -45,6 +45,14 @@ def test_rows_are_drawn_without_replacement_until_all_are_drawn():
         draw_rows(x[:0], 1)
 
 
+def test_noise_of_drawn_rows_scales_with_their_length():
+    x = normal(5, 4000) * torch.tensor([[0.1], [1.0], [10.0], [1.0], [5.0]])
+    exact = draw_rows(x, 5, torch.Generator().manual_seed(0))
+    noisy = draw_rows(x, 5, torch.Generator().manual_seed(0), noise=0.1)
+    deviation = (noisy - exact).std(-1) / exact.norm(dim=-1)
+    assert torch.allclose(deviation, torch.full_like(deviation, 0.1), rtol=0.1)
+
+
 def test_k_means_finds_separate_clusters():
     middles = 10 * torch.eye(4)
     x = (middles.repeat_interleave(25, 0) + 0.1 * normal(100, 4))[torch.randperm(100)]

@@ -14,8 +14,10 @@ from shuffle_nb.features.token_machine import (
     TokFSM,
     code_f1,
     code_purity,
+    divergence_within,
     evaluating,
     first_transition_accuracy,
+    insert_parts,
     js_divergence,
     last_vectors,
     neuron_f1,
@@ -309,3 +311,84 @@ def test_swapping_one_coordinate_writes_that_one(only):
     hook.remove()
     with pytest.raises(ValueError, match="only must be one of"):
         swap_vectors(model, source, target, parts, "largest")
+
+
+# --- parts at any place
+
+
+class Times(torch.nn.Module):
+    """A part with a parameter, so that its device and its place in the model can be seen."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def test_a_part_acts_on_what_leaves_or_enters_a_place():
+    model, tokens = TokenTransformer(6, 7), torch.randint(0, 6, (3, 5))
+    other = copy.deepcopy(model)
+    added = insert_parts(model, ["blocks.0.to_qkv"], "halved", lambda: Times(0.5))
+    added |= insert_parts(model, "blocks.*.project", "twice", lambda: Times(2.0), "input")
+    assert list(added) == [
+        "blocks.0.to_qkv.halved",
+        "blocks.0.project.twice",
+        "blocks.1.project.twice",
+    ]
+    assert {f"{name}.factor" for name in added} <= set(dict(model.named_parameters()))
+    with torch.no_grad():
+        for part in (other.blocks[0].to_qkv.weight, other.blocks[0].to_qkv.bias):
+            part.mul_(0.5)
+        for block in other.blocks:
+            block.project.weight.mul_(2.0)
+        assert torch.allclose(model(tokens), other(tokens), atol=1e-6)
+    twin = copy.deepcopy(model)
+    twin.blocks[0].to_qkv.halved.factor.data.fill_(3.0)  # a copy has parts of its own
+    assert model.blocks[0].to_qkv.halved.factor.item() == 0.5
+    assert not torch.allclose(twin(tokens), model(tokens))
+
+
+def test_a_part_behind_a_sequential_acts_once():
+    chain = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU())
+    model, x = torch.nn.ModuleDict({"chain": chain}), normal(4, 3)
+    before = chain(x)
+    insert_parts(model, "chain", "twice", lambda: Times(2.0))
+    assert torch.equal(chain(x), 2 * before)
+
+
+def test_insert_parts_says_what_is_wrong(plain_python):
+    model = TokenTransformer(6, 7)
+    insert_parts(model, "head", "part", torch.nn.Identity)
+    with pytest.raises(ValueError, match="names must be those of submodules, got 'mlp'"):
+        insert_parts(model, "mlp", "part", torch.nn.Identity)
+    with pytest.raises(ValueError, match="names must find places without part, got 'head'"):
+        insert_parts(model, "head", "part", torch.nn.Identity)
+    with pytest.raises(ValueError, match=r"the first part of 'blocks\.0\.mlp' for its input"):
+        insert_parts(model, "blocks.0.mlp", "part", torch.nn.Identity, "input")
+    with pytest.raises(ValueError, match="where must be one of"):
+        insert_parts(model, "head", "part", torch.nn.Identity, "middle")
+
+
+# --- what codes share
+
+
+def test_divergence_within_is_the_mean_over_pairs_with_one_code():
+    follows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
+    first, second = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
+    apart = js_divergence(follows[first], follows[second]).view(4, 4)
+    assert divergence_within(torch.tensor([3, 5, 3, 5]), follows) == pytest.approx(
+        (apart[0, 2] + apart[1, 3]).item() / 2
+    )
+    any_two = apart[tuple(torch.triu_indices(4, 4, 1))].mean().item()
+    assert divergence_within(torch.zeros(4, dtype=torch.long), follows) == pytest.approx(any_two)
+
+
+def test_first_digits_are_those_of_the_successors():
+    fsm = TokFSM(36, 3, 6)
+    chances = fsm.first_digits()
+    assert chances.shape == (36, 7) and torch.allclose(chances.sum(1), torch.ones(36).double())
+    for state in (0, 17):
+        digits = fsm.spelling[fsm.successors[state], 0].bincount(minlength=7)
+        assert torch.allclose(chances[state], digits.double() / 3)
