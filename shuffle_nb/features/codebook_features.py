@@ -128,8 +128,9 @@ class CodebookLayer(nn.Module):
             return x
         z = self.normalise(x)
         if self.training and self.replace_after:
-            if self._calls and self._calls % self.replace_after == 0:
+            if self._calls == self.replace_after:
                 self.replace_dead(x)
+                self._calls = 0
             self._calls += 1
         self.last_ids = self.choose(z.detach())
         q = self.combine(self.last_ids)
