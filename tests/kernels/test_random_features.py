@@ -9,12 +9,18 @@ from draws import normal, seeded, unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shuffle_nb.foundations.training import fit_arms
 from shuffle_nb.kernels.random_features import (
+    accuracy,
     gaussian_features,
     gaussian_rows,
+    learner,
+    mlp,
     orthogonal_gaussian,
     own_generator,
     settle,
+    unit_digits,
+    unsigned_rows,
 )
 
 SMALL = settings(deadline=None, max_examples=25)
@@ -137,3 +143,37 @@ def test_a_module_without_a_generator_goes_where_the_context_asks_for():
 def test_message_says_what_was_expected(call, message, plain_python):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_rows_without_the_sign_have_the_lengths_of_gaussian_ones_but_a_mean():
+    rows = unsigned_rows(4000, 2, seeded())
+    assert rows.shape == (4000, 2)
+    assert rows.norm(dim=1).square().mean() == pytest.approx(2, rel=0.1)
+    signed = orthogonal_gaussian(4000, 2, generator=seeded())
+    assert rows.mean(0).norm() > 0.4 > 0.1 > signed.mean(0).norm()
+
+
+# ---------------------------------------------------------------- digits and small networks
+
+
+def test_digits_are_centred_of_length_one_and_split_class_by_class():
+    x, labels, test_x, test_labels = unit_digits(0)
+    assert x.shape == (1257, 64) and test_x.shape == (540, 64)
+    lengths = torch.cat([x, test_x]).norm(dim=1)
+    assert torch.allclose(lengths, torch.ones(1797))
+    share = labels.bincount() / torch.cat([labels, test_labels]).bincount()
+    assert torch.allclose(share, torch.full((10,), 0.7), atol=0.01)
+    assert torch.equal(unit_digits(0)[1], labels) and not torch.equal(unit_digits(1)[1], labels)
+
+
+def test_a_small_network_learns_its_split_and_is_judged_on_the_rest():
+    split = unit_digits(2)
+
+    def build(seed):
+        return learner(mlp(64, 16, 10), split, seed)
+
+    arms = fit_arms({"mlp": build}, [0], evaluate=accuracy, steps=60, lr=1e-2, optimizer="adam")
+    network = arms["mlp"][0].model.cpu()
+    assert [type(layer).__name__ for layer in network] == ["Linear", "ReLU", "Linear"]
+    right = (network(split[2]).argmax(1) == split[3]).float().mean().item()
+    assert arms.scores("mlp") == [pytest.approx(right)] and right > 0.7
