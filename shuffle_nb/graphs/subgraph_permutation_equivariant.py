@@ -197,19 +197,19 @@ def _weigh(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | int, b: int):
     """Take, weigh, put to order b: (B, c_out, m, m), (B, c_out, m) or (B, c_out)."""
     vectors, numbers = _take(x, mask)
     shapes = [*zip(PUT[b], TAKE[x.ndim - 2], strict=True)]
-    parts = zip(weight.split([p * k for p, k in shapes], 2), shapes, strict=True)
+    parts = zip(weight.split([p * q for p, q in shapes], 2), shapes, strict=True)
     parts = [part.unflatten(2, shape) for part, shape in parts]  # (…, places, kinds)
     for_pairs, for_vectors, for_numbers = parts
-    numbers = torch.einsum("bck,ocpk->pbo", numbers, for_numbers) + bias
+    numbers = torch.einsum("bcq,ocpq->pbo", numbers, for_numbers) + bias
     if b == 0:
         return numbers[0]
-    vectors = torch.einsum("bckm,ocpk->pbom", vectors, for_vectors)
+    vectors = torch.einsum("bcqm,ocpq->pbom", vectors, for_vectors)
     if b == 1:
         return vectors[0] + numbers[0, ..., None]
     (diagonal, row, column), (on_diagonal, everywhere) = vectors, numbers[..., None]
     y = (row + everywhere)[..., None]
     if x.ndim == 4:
-        straight, turned = torch.einsum("bcij,ocpk->pboij", x, for_pairs)
+        straight, turned = torch.einsum("bcij,ocpq->pboij", x, for_pairs)
         y = straight + turned.mT + y
     y = y + column[..., None, :]
     y.diagonal(dim1=-2, dim2=-1).add_(diagonal + on_diagonal)
