@@ -677,7 +677,6 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_a_local_set_in_the_public_format(tmp_path):
-    pytest.importorskip("torch_geometric")
     raw = tmp_path / "TINY" / "raw"
     raw.mkdir(parents=True)
     files = {
