@@ -523,7 +523,6 @@ def write_planetoid(folder, name, n=520, d=5):
 
 
 def test_planetoid_from_a_folder(tmp_path):
-    pytest.importorskip("torch_geometric")
     expected = write_planetoid(tmp_path, "Cora")
     x, links = load_planetoid("Cora", tmp_path)
     assert torch.equal(x, torch.from_numpy(expected))
