@@ -10,6 +10,7 @@ __all__ = ['ACTIVATIONS', 'Biases', 'C', 'DIAGONAL', 'permutation_matrix', 'all_
 
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #a4edb17f
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
@@ -40,10 +41,8 @@ def _as_perm(perm: Sequence[int] | Tensor) -> Tensor:
 
 
 def _require_binary(x: Tensor) -> None:
-    # Looking at values would break the graph of a compiled caller, so only eager calls look.
-    if torch.compiler.is_compiling():
-        return
-    if not (((x == 0) | (x == 1)).all() and x.any(-1).all()):
+    eager = not torch.compiler.is_compiling()  # a look at values would break a graph
+    if eager and not (((x == 0) | (x == 1)).all() and x.any(-1).all()):
         raise ValueError("x: nonzero binary inputs required, got other values or a row of zeros")
 
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #fe0e51ef
@@ -127,10 +126,9 @@ def gradient_step_(
     lr: float,  # step size
 ) -> Float[Tensor, "models k k"]:  # the errors E before the step: (model, input, output)
     """Move both layers of every network one step down the gradient of the squared error."""
-    models, k, width = first.shape
+    k, width = first.shape[1:]
     scale = (k * width) ** -0.5
     hidden = first.relu()
-    target = target.expand(models, k, k)
     error = torch.baddbmm(target, hidden, second.mT, beta=-1, alpha=scale)
     back = error @ second  # before `second` moves
     torch.baddbmm(second, error.mT, hidden, alpha=-lr * scale, out=second)
@@ -147,10 +145,9 @@ def last_layer_descent_(
     steps: int,
 ) -> None:
     """Make `steps` steps of gradient descent on the last layer of every network."""
-    models, k, width = first.shape
+    k, width = first.shape[1:]
     scale = (k * width) ** -0.5
     hidden = first.relu()
-    target = target.expand(models, k, k)
     error = torch.baddbmm(target, hidden, second.mT, beta=-1, alpha=scale)
     kernel = scale**2 * (hidden @ hidden.mT)  # (models, k, k)
     total = torch.zeros_like(error)
@@ -209,10 +206,9 @@ def prediction_stats(
 ) -> tuple[float, float, float]:  # mu1, mu0, variance
     """Return mean of a 1-bit, mean of a 0-bit and variance of the output of one trained network.
 
-    Infinite width, trained to zero loss. mu0 is NaN at n = k, where no bit is 0. Raises ValueError
-    for n outside 1..k.
+    Infinite width, trained to zero loss. mu0 is NaN at n = k, where no bit is 0.
     """
-    _check_ones(k, n, parametrization)
+    _check(k, parametrization, n)
     diagonal, angle = DIAGONAL[parametrization], math.acos(n**-0.5)
     first_layer = C * (math.pi - angle) * n**-0.5
     kappa = C * math.sin(angle) + first_layer
@@ -244,10 +240,13 @@ def _largest_eigenvalue(k: int, parametrization: str, bias_width: int | None = N
     return (diagonal - other + other * k) / k
 
 
-def _check_ones(k: int, n: int, parametrization: str) -> None:
+def _check(k: int, parametrization: str, n: int | None = None, **chances: float) -> None:
     _check_bits(k)
     require_between(1, k, n=n)
     require_one_of(DIAGONAL, parametrization=parametrization)
+    for name, chance in chances.items():
+        if not 0 < chance < 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {chance}")
 
 
 @lru_cache(maxsize=256)
@@ -269,16 +268,11 @@ def prediction_distribution(
         raise ValueError(f"perm must permute the {x.shape[1]} bits of x, got {len(perm)} places")
     stats = _all_stats(len(perm), parametrization).to(x.device)
     mu1, mu0, variance = stats[:, x.sum(-1).long() - 1, None]
-    moved = torch.empty_like(x)
-    moved[:, perm] = x
-    return torch.where(moved.bool(), mu1, mu0), variance[:, 0]
+    return torch.where(x[:, perm.argsort()].bool(), mu1, mu0), variance[:, 0]
 
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #83d25b84
 class PermutationEnsemble(nn.Module):
-    """N two-layer ReLU networks of k bits that learn a permutation from the k one-hot vectors.
-
-    Raises ValueError for k < 2, sizes below 1 and an unknown parametrization.
-    """
+    """N two-layer ReLU networks of k bits that learn a permutation from the k one-hot vectors."""
 
     def __init__(
         self,
@@ -294,8 +288,7 @@ class PermutationEnsemble(nn.Module):
         chunk_size: int | None = None,  # networks worked on at once; None: what cache or GPU holds
     ):
         super().__init__()
-        _check_bits(k)
-        require_one_of(DIAGONAL, parametrization=parametrization)
+        _check(k, parametrization)
         require_at_least_one(width=width, num_models=num_models, chunk_size=chunk_size)
         self.k, self.width, self.num_models = k, width, num_models
         self.parametrization, self.chunk_size = parametrization, chunk_size
@@ -325,12 +318,9 @@ class PermutationEnsemble(nn.Module):
         self,
         perm: Sequence[int] | Int[Tensor, " k"],  # bit i moves to place perm[i]
         steps: int = 50,  # of full-batch gradient descent
-        lr: float | None = None,  # None: 1 / lambda_max
+        lr: float | None = None,  # below 2 / lambda_max, else ValueError; None: 1 / lambda_max
     ) -> "PermutationEnsemble":  # itself
-        """Train every network on the pairs (e_i, P e_i), from the weights it has.
-
-        Raises ValueError if `perm` does not permute k bits, or the step size diverges.
-        """
+        """Train every network on the pairs (e_i, P e_i), from the weights it has."""
         target = permutation_matrix(perm).mT.to(self.first)
         if len(target) != self.k:
             raise ValueError(f"perm must permute {self.k} bits, got {len(target)} places")
@@ -373,12 +363,10 @@ class PermutationEnsemble(nn.Module):
         self,
         x: Shaped[Tensor, "batch k"],  # binary rows, none of them zero
         num_models: int | None = None,  # average the first so many; None: all
-        threshold: float | Float[Tensor, "batch 1"] = 1e-4,  # a bit is 1 above it
+        # A bit is 1 above it. Not 0: there stand the 0-bits of one-hot inputs.
+        threshold: float | Float[Tensor, "batch 1"] = 1e-4,
     ) -> Shaped[Tensor, "batch k"]:  # bits 0 and 1 in the type of x
-        """Average the networks, then round: bit = 1 where the average exceeds the threshold.
-
-        On a one-hot input the 0-bits average to 0, hence a threshold that is just positive.
-        """
+        """Average the networks, then round: bit = 1 where the average exceeds the threshold."""
         count = self.num_models if num_models is None else num_models
         require_between(1, self.num_models, num_models=count)
         total = self.first.new_zeros(len(x), self.k)
@@ -394,8 +382,7 @@ class PermutationEnsemble(nn.Module):
         for start in range(0, len(unit), size):
             rows = slice(start, start + size)
             for models in self._chunks(len(unit[rows]), count):
-                layers = [layer[models] for layer in self.layers]
-                yield models, rows, _outputs(unit[rows], *layers)
+                yield models, rows, _outputs(unit[rows], *(layer[models] for layer in self.layers))
 
     def _chunks(self, batch: int, models: int) -> list[slice]:
         """Cut networks so that a chunk's hidden activations on `batch` inputs fit."""
@@ -422,28 +409,14 @@ def exact_accuracy(
     parametrization: str = "ntk",  # or "standard"
 ) -> float:
     """Return the probability that the sign of the averaged output is right on all k bits."""
-    _check_ones(k, n, parametrization)
+    _check(k, parametrization, n)
     require_at_least_one(num_models=num_models)
     return math.exp(_log_accuracies(k, num_models, parametrization)[n - 1])
 
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #72ea9298
-def _check_chance(k: int, parametrization: str, **values: float) -> None:
-    _check_bits(k)
-    require_one_of(DIAGONAL, parametrization=parametrization)
-    for name, value in values.items():
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
-
-
 def _smallest(enough: Callable[[int], bool]) -> int:
     """Return the smallest N >= 1 with enough(N), for a condition that stays true once it is."""
-    too_few, sufficient = 0, 1
-    while not enough(sufficient):
-        too_few, sufficient = sufficient, 2 * sufficient
-    while sufficient - too_few > 1:
-        middle = (too_few + sufficient) // 2
-        too_few, sufficient = (too_few, middle) if enough(middle) else (middle, sufficient)
-    return sufficient
+    return 1 + bisect_left(range(1, 2**40), True, key=enough)
 
 # %% ../../nbs/shuffles/04_exact_permutations.ipynb #4ef0b92f
 def models_needed(
@@ -453,8 +426,7 @@ def models_needed(
     parametrization: str = "ntk",  # or "standard"
 ) -> int:
     """Return the smallest ensemble that is right on an input with n ones with this probability."""
-    _check_ones(k, n, parametrization)
-    _check_chance(k, parametrization, accuracy=accuracy)
+    _check(k, parametrization, n, accuracy=accuracy)
     return _smallest(lambda models: exact_accuracy(k, n, models, parametrization) >= accuracy)
 
 
@@ -464,7 +436,7 @@ def models_for_all_inputs(
     parametrization: str = "ntk",  # or "standard"
 ) -> int:
     """Return the smallest ensemble right on all 2^k - 1 inputs (union bound over exact tails)."""
-    _check_chance(k, parametrization, delta=delta)
+    _check(k, parametrization, delta=delta)
     log_counts = [math.log(math.comb(k, n)) for n in range(2, k + 1)]  # exact integers
     log_counts = torch.tensor(log_counts, dtype=torch.float64)
 
@@ -483,7 +455,7 @@ def union_bound_models(
     parametrization: str = "ntk",  # or "standard"
 ) -> int:
     """Return the ensemble that the sub-Gaussian tail and a union bound ask for."""
-    _check_chance(k, parametrization, delta=delta)
+    _check(k, parametrization, delta=delta)
     mu1, mu0, variance = _all_stats(k, parametrization)[:, 1:]  # n = 1 has no noise
     margin = torch.fmin(mu1, -mu0)  # fmin: at n = k there is no mu0
     noise = (variance / margin**2).max().item()
