@@ -44,7 +44,7 @@ def by_channel(
 
 def merge_channels(
     layers: Layers,
-    depth: int,  # the layer whose channels are merged
+    l: int,  # noqa: E741  # the layer whose channels are merged
     i: int,
     j: int,
     counts: Sequence[float],  # how many original channels each one stands for
@@ -54,15 +54,15 @@ def merge_channels(
     Raises ValueError for layers that do not fit together and for places that are not there.
     """
     others = [k for k in range(len(counts)) if k not in (i, j)]
-    _check_merge(layers, depth, [[i, j], *([k] for k in others)])
-    (w, b), (v, c) = layers[depth], layers[depth + 1]
+    _check_merge(layers, l, [[i, j], *([k] for k in others)])
+    (w, b), (v, c) = layers[l], layers[l + 1]
     columns, total = by_channel(v, len(w)), counts[i] + counts[j]
     mean = (counts[i] * columns[:, i] + counts[j] * columns[:, j]) / total
     w = torch.cat([w[others], (w[i] + w[j])[None]])
     b = None if b is None else torch.cat([b[others], (b[i] + b[j])[None]])
     v = torch.cat([columns[:, others], mean[:, None]], 1).reshape(len(v), -1, *v.shape[2:])
     counts = [*(counts[k] for k in others), total]
-    return [*layers[:depth], [w, b], [v, c], *layers[depth + 2 :]], counts
+    return [*layers[:l], [w, b], [v, c], *layers[l + 2 :]], counts
 
 # %% ../../nbs/features/04_iterative_feature_merging.ipynb #11475ca3
 def _in_double(x: Tensor) -> Tensor:
@@ -144,14 +144,11 @@ def merge_groups(
     return change_channels(layers, depth, member, member / member.sum(1, keepdim=True))
 
 # %% ../../nbs/features/04_iterative_feature_merging.ipynb #df3d1dd1
-_LAST = torch.iinfo(torch.long).max
-
-
 class _Merging:
-    """Weights and Gram matrices while channels are merged; in each layer, those left stand first.
+    """Weights and Gram matrices while channels are merged; what reads a channel is kept as a sum.
 
-    A merged channel takes the place of one of its two, and the last channel that of the other.
-    Groups are kept by key, in the order in which channels stand if a merged one goes to the end.
+    For the n channels left, in order: `groups` holds the original ones, `places` their rows, which
+    are the first n. The last row takes the place of one that is merged into another.
     """
 
     def __init__(self, layers: Layers, averaged: bool):
@@ -161,56 +158,45 @@ class _Merging:
         pairs = itertools.pairwise(self.weights)
         self.grams = [torch.stack([channel_gram([w]), channel_gram([], [v])]) for w, v in pairs]
         self.counts = [torch.ones_like(gram[0, 0]) for gram in self.grams]
-        self.keys = [torch.arange(len(c), device=c.device) for c in self.counts]
-        self.groups = [{k: [k] for k in range(n)} for n in sizes[1:-1]]
+        self.groups = [[[k] for k in range(n)] for n in sizes[1:-1]]
+        self.places = [list(range(n)) for n in sizes[1:-1]]
         self.averaged, self.history = averaged, []
 
-    def closest(self, depth: int) -> tuple[tuple[int, int], tuple[int, int], float, float]:
-        """Keys and places of the closest pair, its distance, and the largest distance."""
-        n = len(self.groups[depth])
+    def closest(self, depth: int) -> tuple[int, int, float, float]:
+        """The closest pair among the channels left, its distance, and the largest distance."""
+        n, device = len(self.groups[depth]), self.grams[depth].device
         (made, read), counts = self.grams[depth][:, :n, :n], self.counts[depth][:n]
-        share = torch.outer(counts, counts).reciprocal_()
-        gram = share * (made + read) if self.averaged else share.mul_(read).add_(made)
-        own = gram.diagonal().clone()
-        distance = gram.mul_(-2).add_(own).add_(own[:, None])
-        far = distance.amax()
-        nearest = distance.fill_diagonal_(torch.inf).amin(1)
-        near, keys = nearest.amin(), self.keys[depth][:n]
-        one, s = torch.where(nearest == near, keys, _LAST).min(0)
-        two, t = torch.where(distance[s] == near, keys, _LAST).min(0)
-        near, far, one, s, two, t = map(torch.Tensor.item, (near, far, one, s, two, t))
-        (one, s), (two, t) = sorted([(one, s), (two, t)])
-        return (one, two), (s, t), max(near, 0.0), max(far, 0.0)
+        share = torch.outer(counts, counts).reciprocal()
+        d = channel_distance(share * (made + read) if self.averaged else made + share * read)
+        far = d.amax().item()
+        order = torch.tensor(self.places[depth], device=device)
+        i = int(d.fill_diagonal_(torch.inf).amin(1)[order].argmin())
+        from_i = d[order[i]][order]
+        j = int(from_i.argmin())
+        return min(i, j), max(i, j), from_i[j].item(), far
 
-    def merge(self, depth: int, keys: tuple[int, int], places: tuple[int, int]) -> None:
-        """Merge two channels of a layer, and let all Gram matrices follow."""
-        (s, t), groups, grams = places, self.groups[depth], self.grams[depth]
-        last, one, two = len(groups) - 1, *map(groups.pop, keys)
+    def merge(self, depth: int, i: int, j: int) -> None:
+        """Merge channels i < j of a layer, and let all Gram matrices follow."""
+        groups, places, grams = self.groups[depth], self.places[depth], self.grams[depth]
+        last, t, s = len(groups) - 1, places.pop(j), places.pop(i)
+        two, one = groups.pop(j), groups.pop(i)
+        groups.append(one + two)
+        places[:] = [t if place == last else place for place in (*places, s)]
         w, columns = self.weights[depth], self.weights[depth + 1].transpose(0, 1)
-        mean = torch.lerp(columns[t], columns[s], len(one) / (len(one) + len(two)))
-        self._follow(depth, w[s], w[t], columns[s], columns[t], mean)
+        if depth > 0:  # what reads the layer before: rows s and t are added
+            self.grams[depth - 1][1].addmm_(w[s], w[t].mT).addmm_(w[t], w[s].mT)
+        if depth + 1 < len(self.grams):  # what makes the layer after: columns become their mean
+            x, y = columns[s] / len(one), columns[t] / len(two)
+            mean = (columns[s] + columns[t]) / len(one + two)
+            left, right = torch.cat([mean, x, y], 1), torch.cat([mean, -x, -y], 1)
+            self.grams[depth + 1][0].addmm_(left, right.mT)
         rows = grams[:, s] + grams[:, t]
         rows[:, s] += rows[:, t]
         grams[:, s], grams[:, :, s] = rows, rows
         grams[:, t], grams[:, :, t] = grams[:, last], grams[:, :, last]
-        w[s] += w[t]
-        columns[s] = mean
-        self.counts[depth][s] = len(one) + len(two)
-        key = len(self.keys[depth]) + len(self.history)
-        self.keys[depth][s], groups[key] = key, one + two
-        for part in (w, columns, self.counts[depth], self.keys[depth]):
+        for part in (w, columns, self.counts[depth]):
+            part[s] += part[t]
             part[t] = part[last]
-
-    def _follow(self, depth: int, w: Tensor, x: Tensor, v: Tensor, u: Tensor, mean: Tensor) -> None:
-        """Change the neighbours: rows w, x are added, columns v, u become their mean."""
-        if depth > 0:
-            m = len(self.groups[depth - 1])
-            w, x = (self.counts[depth - 1][:m, None] * row[:m] for row in (w, x))
-            self.grams[depth - 1][1, :m, :m].addmm_(w, x.mT).addmm_(x, w.mT)
-        if depth + 1 < len(self.groups):
-            m = len(self.groups[depth + 1])
-            left, right = torch.cat([mean, v, u], 1)[:m], torch.cat([mean, -v, -u], 1)[:m]
-            self.grams[depth + 1][0, :m, :m].addmm_(left, right.mT)
 
     def run(self, beta: float, lowest: Sequence[int]) -> None:
         """Merge one pair a layer and round, while it is near enough and the layer wide enough."""
@@ -220,12 +206,10 @@ class _Merging:
             for depth, groups in enumerate(self.groups):
                 if len(groups) <= lowest[depth]:
                     continue
-                keys, places, near, far = self.closest(depth)
+                i, j, near, far = self.closest(depth)
                 require_finite(**{f"distance of channels in layer {depth}": far})
-                if beta == math.inf or near <= beta * far:
-                    order = list(groups)
-                    i, j = map(order.index, keys)
-                    self.merge(depth, keys, places)
+                if near <= beta * far:
+                    self.merge(depth, i, j)
                     self.history.append((depth, i, j, near, far))
                     merging = True
 
@@ -321,12 +305,11 @@ def iterative_feature_merging(
     if balance:
         layers = balance_channels(layers)
     merging = _Merging(layers, averaged)
-    merging.run(beta if targets is None else math.inf, lowest)
-    groups = [list(of_layer.values()) for of_layer in merging.groups]
-    for depth, of_layer in enumerate(groups):
-        layers = merge_groups(layers, depth, of_layer)
-    model = with_layers(model_or_layers, layers)
-    return IFMResult(model, [len(of_layer) for of_layer in groups], groups, merging.history)
+    merging.run(beta if targets is None else 1.0, lowest)
+    for depth, groups in enumerate(merging.groups):
+        layers = merge_groups(layers, depth, groups)
+    model, widths = with_layers(model_or_layers, layers), list(map(len, merging.groups))
+    return IFMResult(model, widths, merging.groups, merging.history)
 
 # %% ../../nbs/features/04_iterative_feature_merging.ipynb #f94730f7
 def _lowest(
