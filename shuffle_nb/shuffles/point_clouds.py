@@ -11,8 +11,9 @@ __all__ = ['X_RANGE', 'Y_RANGE', 'MANY_PAIRS', 'PAIRS_AT_ONCE', 'ALL_PAIRS', 'NE
            'area_moves', 'areas_of', 'one_order', 'gather_areas', 'unshuffle_bev_indices', 'BEVNetwork', 'BoxDetector',
            'follow', 'descend', 'BoxDatabase', 'read_kitti_scene', 'read_kitti', 'World', 'place_digits', 'make_scenes',
            'shift_and_drop', 'shifted_view', 'digit_world', 'flip_rotate_scale', 'kitti_world', 'scene_batches',
-           'is_right', 'is_found', 'hits_object', 'random_places', 'Judged', 'judge', 'best_threshold',
-           'mean_precision', 'box_outlines', 'draw_boxes', 'draw_points', 'draw_taught']
+           'is_right', 'is_found', 'overlap_with', 'hits_object', 'random_places', 'Judged', 'judge', 'best_threshold',
+           'mean_precision', 'two_means', 'box_outlines', 'draw_boxes', 'draw_points', 'show_areas', 'draw_shares',
+           'draw_taught']
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #80de636b
 from collections.abc import Callable, Iterable, Sequence
@@ -914,6 +915,11 @@ class World:
     augment: Callable  # (points, targets, generator) -> (points, targets)
     second_view: Callable  # (points, generator) -> (points, move boxes along)
 
+    def to(self, device: torch.device | str) -> "World":
+        """Return the world with its scenes on a device."""
+        scenes = (to_device(part, device) for part in (self.labelled, self.unlabelled, self.test))
+        return World(*scenes, self.names, self.detector, self.augment, self.second_view)
+
 
 def place_digits(count: int, generator: torch.Generator) -> Tensor:
     """Choose seven places for digits in each scene, as boxes (count, 7, 7) that do not overlap."""
@@ -1053,10 +1059,15 @@ def is_found(
     return best_overlap(rotated_iou_bev(truth.boxes, found.boxes) * counts) >= 0.5
 
 
+def overlap_with(boxes: Float[Tensor, "batch n 7"], targets: Targets) -> Float[Tensor, "batch n"]:
+    """Return the largest overlap of each box with any that counts (weight above 0)."""
+    counts = (targets.weights > 0).unsqueeze(-2)
+    return best_overlap(rotated_iou_bev(boxes, targets.boxes) * counts)
+
+
 def hits_object(boxes: Float[Tensor, "batch n 7"], truth: Targets) -> Bool[Tensor, "batch n"]:
     """Tell which boxes overlap a true object of any class by one half or more."""
-    on = (truth.weights > 0)[:, None]
-    return best_overlap(rotated_iou_bev(boxes, truth.boxes) * on) >= 0.5
+    return overlap_with(boxes, truth) >= 0.5
 
 
 def random_places(
@@ -1073,8 +1084,7 @@ def random_places(
     at = low + torch.rand(*boxes.shape[:2], 2, generator=generator).to(boxes) * span
     thrown = boxes.clone()
     thrown[..., :2] = torch.where(boxes[..., :2].isnan(), torch.nan, at)
-    overlaps = rotated_iou_bev(thrown, taken.boxes) * (taken.weights > 0)[:, None]
-    return thrown.masked_fill((best_overlap(overlaps) > 0)[..., None], torch.nan)
+    return thrown.masked_fill((overlap_with(thrown, taken) > 0)[..., None], torch.nan)
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #08d2b017
 @dataclass
@@ -1130,6 +1140,30 @@ def mean_precision(
         areas.append(float((best_yet * hits).sum() / objects))
     return sum(areas) / len(areas)
 
+# %% ../../nbs/shuffles/00_point_clouds.ipynb #6a7fc91e
+def two_means(
+    scores: Float[Tensor, "*pools n"],
+    valid: Bool[Tensor, "*pools n"] | None = None,  # which scores count; None: all
+) -> tuple[Tensor, Tensor]:  # the higher and the lower centre of each pool, float64
+    """Split every pool in two groups with the least sum of squared distances to their means.
+
+    Exact, all splits at once. Each pool needs two scores; with fewer its centres mean nothing.
+    """
+    valid = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    count = valid.sum(-1, keepdim=True)
+    scores = scores.double().masked_fill(~valid, 0)
+    mean = scores.sum(-1, keepdim=True) / count.clamp(min=1)
+    # Centred, so that no digits are lost; what does not count is sorted behind the end.
+    ordered = (scores - mean).masked_fill(~valid, torch.inf).sort(-1).values
+    below = ordered.masked_fill(ordered.isinf(), 0).cumsum(-1)  # sums of the k smallest
+    above = below[..., -1:] - below
+    k = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+    rest = (count - k).clamp(min=1)
+    gained = (below.square() / k + above.square() / rest).masked_fill(k >= count, -torch.inf)
+    best = gained.argmax(-1, keepdim=True)
+    low, high = (below / k).gather(-1, best), (above / rest).gather(-1, best)
+    return (high + mean).squeeze(-1), (low + mean).squeeze(-1)
+
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #5664d8db
 def box_outlines(
     boxes: Float[Tensor, "n 7"],  # rows of NaN are none
@@ -1163,6 +1197,29 @@ def draw_points(axis, points: Tensor, world: World, colour: str | None = None) -
     axis.set(xlim=(x0 - rim, x1 + rim), ylim=(y0 - rim, y1 + rim), xticks=[], yticks=[])
     axis.set(aspect="equal")
     axis.grid(False)
+
+
+def show_areas(views, titles: Sequence[str], size: float):
+    """Show maps side by side, with the borders of their four areas."""
+    from shuffle_nb.foundations import figures
+
+    figure = figures.show_images(views, titles, columns=len(views), size=size, origin="lower")
+    for axis, view in zip(figure.axes, views, strict=True):
+        axis.axhline(view.shape[0] / 2 - 0.5, color="#999999", lw=1)
+        axis.axvline(view.shape[1] / 2 - 0.5, color="#999999", lw=1)
+    return figure
+
+
+def draw_shares(axis, shares: dict, ylabel: str, palette=None, fontsize: float = 8) -> None:
+    """Draw shares (name -> one value a seed) as bars from 0 to 1, their names in short lines."""
+    from textwrap import fill
+
+    from shuffle_nb.foundations import figures
+
+    figures.plot_bars(axis, shares, ylabel, palette)
+    names = [fill(name, 10) for name in shares]
+    axis.set_xticks(range(len(shares)), names, fontsize=fontsize)
+    axis.set(ylim=(0, 1.04))
 
 
 def draw_taught(

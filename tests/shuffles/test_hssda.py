@@ -28,11 +28,9 @@ from shuffle_nb.shuffles.hssda import (
     global_view,
     inside_boxes,
     move_areas,
-    nms_bev,
     points_in_boxes,
     pseudo_targets,
     random_quadrants,
-    rasterise,
     remove_points,
     rotated_iou_bev,
     seam,
@@ -44,6 +42,7 @@ from shuffle_nb.shuffles.hssda import (
     unshuffle_bev_indices,
     unshuffle_bev_map,
 )
+from shuffle_nb.shuffles.point_clouds import nms_bev, rasterise
 
 PERMS = st.permutations(range(4))
 SEEDS = st.integers(0, 10_000)

@@ -591,6 +591,9 @@ def test_right_found_and_hit_by_hand():
     nothing = Targets(*(part[:, :0] for part in truth))
     assert not is_right(found, nothing).any() and not hits_object(found.boxes, nothing).any()
     assert best_overlap(torch.zeros(2, 0)).tolist() == [0, 0]
+    absent = found.boxes.index_fill(1, torch.tensor([1]), torch.nan)
+    overlaps = point_clouds.overlap_with(absent, truth)[0]
+    assert overlaps.tolist() == pytest.approx([1, 0, 0, 1 / 7])  # by weight 0 and NaN: none
 
 
 def test_judging_counts_points_and_leaves_out_what_is_unlikely():
