@@ -296,14 +296,12 @@ def iterative_feature_merging(
 ) -> IFMResult:
     """Merge the closest channels of each hidden layer, layer by layer and round by round.
 
-    Computed in float64. Raises ValueError for options out of range and for a network that is not
-    made of Linear, Conv2d and positively homogeneous layers.
+    Computed in float64. Raises ValueError for options out of range, and for other kinds of layers.
     """
     layers = layers_of(model_or_layers)
     lowest = _lowest([len(w) for w, _ in layers[:-1]], beta, max_ratio, min_channels, targets)
     layers = [[None if x is None else _in_double(x) for x in layer] for layer in layers]
-    if balance:
-        layers = balance_channels(layers)
+    layers = balance_channels(layers) if balance else layers
     merging = _Merging(layers, averaged)
     merging.run(beta if targets is None else 1.0, lowest)
     for depth, groups in enumerate(merging.groups):
