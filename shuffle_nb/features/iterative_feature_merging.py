@@ -166,8 +166,10 @@ class _Merging:
         """The closest pair among the channels left, its distance, and the largest distance."""
         n, device = len(self.groups[depth]), self.grams[depth].device
         (made, read), counts = self.grams[depth][:, :n, :n], self.counts[depth][:n]
-        share = torch.outer(counts, counts).reciprocal()
-        d = channel_distance(share * (made + read) if self.averaged else made + share * read)
+        share = torch.outer(counts, counts).reciprocal_()
+        gram = share.mul_(made + read) if self.averaged else share.mul_(read).add_(made)
+        own = gram.diagonal().clone()  # from here on `channel_distance`, in place
+        d = gram.mul_(-2).add_(own).add_(own[:, None]).clamp_(min=0)
         far = d.amax().item()
         order = torch.tensor(self.places[depth], device=device)
         i = int(d.fill_diagonal_(torch.inf).amin(1)[order].argmin())
