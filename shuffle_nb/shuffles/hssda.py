@@ -71,7 +71,7 @@ def dual_threshold(
     scores: Float[Tensor, " n"],  # of boxes that match an annotation, in [0, 1]
     default: tuple[float, float] = (0.99, 0.99),  # for two scores or fewer
 ) -> tuple[float, float]:  # (high, low)
-    """Learn two thresholds from a pool of scores: the centres of its two groups, truncated."""
+    """Learn two thresholds from a pool of scores: its two centres, truncated."""
     require_shape("n", scores=scores)
     require_probability(scores=scores)
     if len(scores) <= 2:
@@ -89,7 +89,7 @@ def split_supervision(
     min_points: int = 5,  # a high box holds more than this
     no_middle: Sequence[int] = (),  # classes without a middle level
 ) -> tuple[Int[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:  # level 2, 1 or 0, and weight
-    """Sort boxes into high, middle and low, with weights 1, confidence x objectness and 0."""
+    """Sort boxes into high, middle, low; weights 1, confidence x objectness, 0."""
     _check_levels(scores, labels, thresholds)
     exceeds = (scores[..., None] > thresholds.to(scores)[labels]).all(-2)  # (…, n, high and low)
     high, middle = exceeds.unbind(-1)
@@ -186,7 +186,7 @@ def seam(
     size: Sequence[int],  # (rows, columns)
     radius: int = 1,  # 1 for a 3x3 convolution, k for k of them
 ) -> Bool[Tensor, "rows columns"]:
-    """Tell which cells of an un-shuffled map have seen other neighbours than in the plain scene."""
+    """Tell which cells of an un-shuffled map have seen other neighbours."""
     rows, columns = size
     numbers = torch.arange(1.0, rows * columns + 1, dtype=torch.float64).view(1, 1, rows, columns)
 
@@ -213,7 +213,7 @@ def ema_update(
     keep: float = 0.9996,
     ramp: int = 2000,
 ) -> None:
-    """Move the teacher's parameters and buffers towards the student's; integers are copied."""
+    """Move the teacher's whole state towards the student's; copy integers."""
     follow(teacher, student, ema_keep(step, keep, ramp))
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #63a7dde3
