@@ -232,9 +232,13 @@ def ridge(
     mean, sd = z.mean(0), z.std(0, correction=0)
     scale = torch.where((sd > 1e-8) & standardize, sd, 1)  # a dead unit is only centred
     x, centre = (z - mean) / scale, targets.mean(0)
-    wide = len(x) <= x.shape[1]  # then the rows' products give u and s² sooner
-    u, s, _ = torch.linalg.svd(x @ x.T if wide else x, full_matrices=False)
-    squares, along = s if wide else s.square(), u.T @ (targets - centre)
+    if len(x) > x.shape[1]:
+        u, s, _ = torch.linalg.svd(x, full_matrices=False)
+        squares = s.square()
+    else:  # more features than rows: the products of rows give both sooner
+        squares, u = torch.linalg.eigh(x @ x.T)
+        squares = squares.clamp(min=0)
+    along = u.T @ (targets - centre)
     penalties = torch.tensor(alphas, dtype=z.dtype, device=z.device)
     shrunk = squares / (squares + penalties[:, None])  # (alphas, r)
     own = shrunk @ u.square().T + 1 / len(z)
