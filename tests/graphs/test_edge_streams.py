@@ -156,7 +156,7 @@ def test_a_public_stream_is_read_from_its_file(tmp_path, plain_python, monkeypat
 
 
 def test_a_public_stream_is_fetched_to_where_it_is_read(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("torch_geometric.datasets")
+    from torch_geometric import datasets
 
     def download(self):
         rows = ["header", "0,0,0.0,0,0.5", "1,0,2.0,1,0.25"]

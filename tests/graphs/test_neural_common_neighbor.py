@@ -503,15 +503,16 @@ def test_the_encoder_is_one_graph_and_predictors_compile(plain_python):
 
 def write_planetoid(folder, name, n=520, d=5):
     """A graph in the files that the public sets come in: x, tx, allx, y, ty, ally, graph, index."""
-    scipy = pytest.importorskip("scipy.sparse")
+    from scipy import sparse
+
     raw = folder / name / "raw"
     raw.mkdir(parents=True)
     x, y = np.eye(n, d, dtype=np.float32), np.eye(3, dtype=np.int32)[np.arange(n) % 3]
     graph = {i: [(i + 1) % n, (i - 1) % n, (i + 1) % n] for i in range(n)}
     graph[0] = [*graph[0], 0]  # a self loop, as some of these files have
-    parts = {"x": scipy.csr_matrix(x[:3]), "allx": scipy.csr_matrix(x[: n - 10])}
+    parts = {"x": sparse.csr_matrix(x[:3]), "allx": sparse.csr_matrix(x[: n - 10])}
     parts |= {
-        "tx": scipy.csr_matrix(x[n - 10 :]),
+        "tx": sparse.csr_matrix(x[n - 10 :]),
         "y": y[:3],
         "ally": y[: n - 10],
         "ty": y[n - 10 :],
