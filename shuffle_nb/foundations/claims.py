@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ESCAPES', 'RELATIONS', 'KINDS', 'Numbers', 'ONE', 'LARGE', 'SMALL', 'PREFIXES', 'CLAIMS_MIME', 'VERDICTS',
-           'plain_text', 'Control', 'Claim', 'readable', 'Table', 'show_table', 'claims_table', 'claim_record',
-           'ClaimNotMet', 'check_claims']
+           'plain_text', 'Control', 'Claim', 'effect', 'cost', 'medians_of_three', 'readable', 'Table', 'show_table',
+           'claims_table', 'claim_record', 'ClaimNotMet', 'check_claims']
 
 # %% ../../nbs/foundations/03_claims.ipynb #cell-003
 import datetime
@@ -183,6 +183,43 @@ class Claim:
         if not self.expected:
             return "not shown here"
         return "too weak" if all(map(self.meets, self.ours)) else "fails"
+
+# %% ../../nbs/foundations/03_claims.ipynb #321f31a7
+def effect(
+    id: str,
+    text: str,
+    ours: Numbers,  # one number a seed
+    relation: str,  # "<", "<=", ">" or ">="
+    bound: SupportsFloat,
+    control: str,  # what was run in the method's place
+    values: Numbers,  # what it gave, one number a seed or one known number
+    **more,  # paper, source, unit, expected
+) -> Claim:
+    """Claim an effect: every seed meets the bound, and no value of the control does."""
+    held = Control(control, values)
+    return Claim(id, text, "effect", ours, relation, bound, control=held, **more)
+
+
+def cost(
+    id: str,
+    text: str,
+    pairs: Iterable[SupportsFloat],  # ratios of runs that took turns: nine, or 3 times more
+    relation: str,
+    bound: SupportsFloat,
+    **more,  # paper, source, unit, control, expected
+) -> Claim:
+    """Claim a cost: the median of each three pairs meets the bound."""
+    return Claim(id, text, "cost", medians_of_three(pairs), relation, bound, **more)
+
+
+def medians_of_three(
+    pairs: Iterable[SupportsFloat],  # in the order in which they were measured
+) -> tuple[float, ...]:  # a third as many
+    """Reduce each three measurements to the one in the middle."""
+    pairs = _as_numbers(pairs, "pairs")
+    if len(pairs) % 3:
+        raise ValueError(f"pairs must be a multiple of three numbers, got {len(pairs)}")
+    return tuple(statistics.median(pairs[i : i + 3]) for i in range(0, len(pairs), 3))
 
 # %% ../../nbs/foundations/03_claims.ipynb #cell-004
 ONE = ((1, ""),)

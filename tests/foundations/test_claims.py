@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
+from shuffle_nb.foundations import claims
 from shuffle_nb.foundations.claims import (
     CLAIMS_MIME,
     Claim,
@@ -337,6 +339,17 @@ def test_what_is_not_met_raises_one_clear_sentence_after_the_table(claim, messag
 def test_every_claim_that_is_not_met_is_named(capsys):
     with pytest.raises(ClaimNotMet, match=r"2 of 2 claims not met: .*it-works.*; .*miscounted"):
         check_claims([effect([0, 0, 0]), count(1, id="miscounted")])
+
+
+def test_effects_and_costs_are_written_in_one_line():
+    control = Control("mechanism off", 0.2)
+    full = Claim("it-works", "it works", "effect", [2, 3, 4], ">=", 1, control=control, unit="bits")
+    short = claims.effect("it-works", "it works", [2, 3, 4], ">=", 1, *("mechanism off", 0.2))
+    assert replace(short, unit="bits") == full
+    pairs = torch.tensor([1, 9, 2, 3, 0, 4, 5, 6, 5.0])
+    assert claims.cost("fast", "fast", pairs, ">", 1, expected=False).ours == (2, 3, 5)
+    with pytest.raises(ValueError, match="pairs must be a multiple of three numbers, got 4"):
+        claims.medians_of_three([1, 2, 3, 4])
 
 
 OURS = "ours must be a number or a flat sequence of them, got"
