@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Score', 'OPTIMIZERS', 'SCHEDULES', 'READ_AT_ONCE', 'READ_EVERY', 'seed_everything', 'pick_device', 'set_up',
-           'MiniBatches', 'History', 'save_checkpoint', 'load_checkpoint', 'fit', 'predict', 'Trained', 'Arms',
-           'fit_arms']
+           'MiniBatches', 'History', 'save_checkpoint', 'load_checkpoint', 'load_exactly', 'fit', 'predict', 'Trained',
+           'Arms', 'fit_arms']
 
 # %% ../../nbs/foundations/02_training.ipynb #cell-003
 import copy
@@ -17,7 +17,7 @@ import pickle
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -32,6 +32,7 @@ from shuffle_nb.foundations.arguments import (
     require_at_least_one,
     require_one_of,
     require_positive,
+    require_shape,
 )
 
 # %% ../../nbs/foundations/02_training.ipynb #cell-006
@@ -192,6 +193,20 @@ def load_checkpoint(
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     return state
+
+# %% ../../nbs/foundations/02_training.ipynb #a6b53bdc
+def load_exactly(
+    module: nn.Module,  # changed only if everything fits
+    state: Mapping[str, Tensor],  # under the module's own names
+) -> None:
+    """Load weights. Raises ValueError for a name or a shape that differs."""
+    ours = module.state_dict()
+    for told, names in (("lacks", ours.keys() - state), ("has in excess", state.keys() - ours)):
+        if names:
+            raise ValueError(f"state {told} {len(names)} weights, such as {min(names)}")
+    for name, value in state.items():
+        require_shape(*ours[name].shape, **{name: value})
+    module.load_state_dict(state)
 
 # %% ../../nbs/foundations/02_training.ipynb #cell-023
 def _fingerprint(*parts: Tensor | str) -> str:

@@ -25,6 +25,7 @@ from shuffle_nb.foundations.training import (
     fit,
     fit_arms,
     load_checkpoint,
+    load_exactly,
     pick_device,
     predict,
     save_checkpoint,
@@ -738,3 +739,21 @@ def test_devices_and_seeds():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_weights_of_a_release_fit_exactly_or_nothing_is_loaded():
+    layer, zeros = nn.Linear(2, 3), torch.zeros(3, 2)
+    before = layer.weight.clone()
+    for state, message in (
+        ({"weight": zeros}, "state lacks 1 weights, such as bias"),
+        (
+            {"weight": zeros, "bias": zeros[:, 0], "scale": zeros},
+            "in excess 1 weights, such as scale",
+        ),
+        ({"weight": zeros, "bias": zeros}, r"bias must be \(3\), got shape \(3, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_exactly(layer, state)
+    assert torch.equal(layer.weight, before)
+    load_exactly(layer, {"bias": zeros[:, 0], "weight": zeros})
+    assert not layer.weight.any()
