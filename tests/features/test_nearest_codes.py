@@ -11,6 +11,7 @@ from shuffle_nb.features.nearest_codes import (
     mean_of_codes,
     nearest_codes,
     scoring,
+    snap,
 )
 
 
@@ -29,6 +30,17 @@ def test_the_search_is_the_definition(similarity, tokens):
     assert torch.equal(ids, scores.topk(3, dim=-1).indices)
     mean = codes[torch.arange(2).view(-1, 1), ids].mean(-2)
     assert torch.allclose(mean_of_codes(codes, ids), mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_snap_is_the_search_and_the_mean(similarity):
+    z, codes = normal(20, 10), normal(2, 9, 5, seed=1)
+    q, ids = snap(z, codes, 3, similarity)
+    found = nearest_codes(z.unflatten(1, (2, 5)), codes, *scoring(codes, similarity), k=3)
+    assert torch.equal(ids, found)
+    assert torch.equal(q, mean_of_codes(codes, found).flatten(1))
+    alone, its_ids = snap(z[:, :5], codes[0], 3, similarity)  # a table without groups
+    assert torch.equal(alone, q[:, :5]) and torch.equal(its_ids, ids[:, 0])
 
 
 def test_an_unknown_similarity_is_refused(plain_python):
