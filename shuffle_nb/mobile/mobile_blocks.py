@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Maps', 'conv_norm', 'rounded_channels', 'initialise_by_fan_out', 'require_maps', 'is_channels_last', 'plane_mean',
-           'unit', 'wide_and_back', 'SqueezeExcite', 'InvertedResidual', 'ResidualBlock', 'resnet18_parts',
-           'rename_by_order']
+           'unit', 'wide_and_back', 'SqueezeExcite', 'InvertedResidual', 'Classifier', 'small_classifier',
+           'ResidualBlock', 'resnet18_parts', 'shift_and_mirror', 'rename_by_order']
 
 # %% ../../nbs/mobile/00_mobile_blocks.ipynb #a116c5f4
 from collections.abc import Callable, Iterable, Mapping
@@ -164,6 +164,35 @@ class InvertedResidual(nn.Module):
         require_maps(x, self.in_channels)
         return x + self.layers(x) if self.shortcut else self.layers(x)
 
+# %% ../../nbs/mobile/00_mobile_blocks.ipynb #a79e1d39
+class Classifier(nn.Module):
+    """Layers, the mean of their last maps over the plane, a linear map to logits."""
+
+    def __init__(self, layers: nn.Module, linear: nn.Linear):
+        super().__init__()
+        self.layers, self.linear = layers, linear
+
+    def forward(
+        self,
+        x: Maps,
+        return_features: bool = False,  # also return the last maps
+    ) -> Float[Tensor, "batch classes"] | tuple[Tensor, Tensor]:
+        features = self.layers(x)
+        logits = self.linear(features.mean((2, 3)))
+        return (logits, features) if return_features else logits
+
+
+def small_classifier(
+    widths: tuple[int, int, int] = (8, 16, 16),  # channels of the three convolutions
+    num_classes: int = 10,
+) -> Classifier:  # of images with one channel
+    """Build three 3x3 convolutions, the second with stride 2, and their classifier."""
+    layers, channels = [], 1
+    for stride, width in zip((1, 2, 1), widths, strict=True):
+        layers += conv_norm(channels, width, 3, nn.ReLU(), stride=stride)
+        channels = width
+    return Classifier(nn.Sequential(*layers), nn.Linear(channels, num_classes))
+
 # %% ../../nbs/mobile/00_mobile_blocks.ipynb #85992980
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch norm around a shortcut."""
@@ -189,6 +218,16 @@ def resnet18_parts(
         layers += [ResidualBlock(channels, out, stride), ResidualBlock(out, out)]
         channels = out
     return nn.Sequential(*layers), nn.Linear(512, num_classes)
+
+# %% ../../nbs/mobile/00_mobile_blocks.ipynb #d26f22fd
+def shift_and_mirror(
+    images: Maps,
+    pixels: int = 4,  # at most; what leaves on one side comes back on the other
+) -> Maps:
+    """Shift the batch by a random number of pixels each way, and mirror about one image in two."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    shifts = torch.randint(-pixels, pixels + 1, (2,)).tolist()
+    return torch.where(mirrored, images.flip(3), images).roll(shifts, (2, 3))
 
 # %% ../../nbs/mobile/00_mobile_blocks.ipynb #bcbaa6d6
 def rename_by_order(

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shuffle_nb.mobile.mobile_blocks import (
+    Classifier,
     conv_norm,
     initialise_by_fan_out,
     is_channels_last,
@@ -15,6 +16,8 @@ from shuffle_nb.mobile.mobile_blocks import (
     require_maps,
     resnet18_parts,
     rounded_channels,
+    shift_and_mirror,
+    small_classifier,
 )
 
 sides = st.integers(1, 7)
@@ -131,3 +134,25 @@ def test_resnet18_for_small_images():
     maps = features(torch.randn(2, 3, 32, 32))
     assert maps.shape == (2, 512, 4, 4) and (maps >= 0).all()
     assert classifier(maps.mean((2, 3))).shape == (2, 100)
+
+
+def test_a_classifier_gives_its_last_maps_on_demand():
+    network, x = small_classifier((4, 6, 5), num_classes=3).eval(), torch.randn(2, 1, 8, 8)
+    logits, features = network(x, return_features=True)
+    assert isinstance(network, Classifier) and features.shape == (2, 5, 4, 4)
+    assert torch.equal(logits, network.linear(features.mean((2, 3))))
+    assert torch.equal(network(x), logits) and logits.shape == (2, 3)
+    assert sum(p.numel() for p in small_classifier().parameters()) == 3778
+
+
+def test_shifts_and_mirrors_move_pixels_and_change_none():
+    torch.manual_seed(0)
+    images = torch.arange(8.0 * 6 * 5).reshape(8, 1, 6, 5)
+    moved = shift_and_mirror(images, pixels=2)
+    assert torch.equal(moved.flatten(1).sort().values, images.flatten(1))
+    rows = moved[:, 0, 0].diff(dim=1)  # falling by one nearly everywhere where it is mirrored
+    falling = (rows == -1).sum(1) > (rows == 1).sum(1)
+    assert falling.any() and not falling.all()
+    assert torch.equal(
+        shift_and_mirror(images[:1].sum(3, keepdim=True), 0), images[:1].sum(3, True)
+    )
