@@ -10,7 +10,7 @@ __all__ = ['SHIPPED', 'BASE_FILE', 'BASE_SHA256', 'digit_images', 'edm_coefficie
            'frechet_distance', 'frechet_floor', 'cosine_levels', 'table_levels', 'scaled_linear_schedule', 'diffuse',
            'predict_image', 'noise_loss', 'ddim_step', 'ddim_coefficients', 'draw_like', 'guided', 'released_table',
            'extend_input_layer', 'id_retrieval', 'Recogniser', 'ResidualMLP', 'TinyDiTBlock', 'TinyDiT',
-           'train_tiny_dit', 'load_tiny_dit', 'save_weights', 'make_weights', 'make_base_weights']
+           'train_tiny_dit', 'load_tiny_dit', 'sample_ddim', 'save_weights', 'make_weights', 'make_base_weights']
 
 # %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #f24635f3
 import copy
@@ -1114,6 +1114,21 @@ def train_tiny_dit(
 def load_tiny_dit() -> TinyDiT:
     """Load the trained Transformer that travels with the package: digits of 8 x 8 pixels."""
     return load_weights(TinyDiT(), BASE_FILE, BASE_SHA256)
+
+# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #d9ac703a
+@torch.no_grad()
+def sample_ddim(
+    model: Callable,  # called as model(x, t): predicts the noise at times in [0, 1]
+    noise: Float[Tensor, "batch channels height width"],
+    num_steps: int = 25,
+) -> Float[Tensor, "batch channels height width"]:  # in [-1, 1]
+    """Go from noise to images along `cosine_levels`, without adding noise on the way (eta = 0)."""
+    require_at_least_one(num_steps=num_steps)
+    times, x = torch.linspace(0.99, 0, num_steps + 1, device=noise.device), noise
+    for now, after in pairwise(times.expand(len(noise), -1).T):
+        predicted = model(x, now)
+        x = diffuse(predict_image(x, predicted, now).clamp(-1, 1), predicted, after)
+    return x
 
 # %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #d701228a
 def save_weights(

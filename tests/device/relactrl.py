@@ -3,7 +3,7 @@
 import torch
 from device_check import Core
 
-from shuffle_nb.diffusion.relactrl import TwoDimShuffleMixer, window_attention
+from shuffle_nb.diffusion.relactrl import TwoDimShuffleMixer
 
 
 class Fixed(torch.nn.Module):
@@ -30,14 +30,14 @@ def recipe(core: Fixed, u: torch.Tensor) -> torch.Tensor:
     """The published loops: groups one by one, the way back by a sorted permutation."""
     mixed, start = torch.empty_like(u), 0
     channel_perm, token_perms = core.permutations()
-    for attend, perm in zip(core.mixer.attentions, token_perms, strict=True):
-        channels = channel_perm[start : start + attend.dim]
-        start += attend.dim
+    for attention, perm in zip(core.mixer.attentions, token_perms, strict=True):
+        channels = channel_perm[start : start + attention.dim]
+        start += attention.dim
         flat = u[:, :, channels].flatten(1)[:, perm]
-        z = flat.view(len(u) * attend.segments, -1, attend.dim)
-        z = window_attention(z, attend.qkv, attend.proj, attend.num_heads)
+        z = flat.view(len(u) * attention.segments, -1, attention.dim)
+        z = attention.attend(z)
         back = z.view(flat.shape)[:, perm.argsort()]
-        mixed[:, :, channels] = back.view(len(u), -1, attend.dim).to(u.dtype)
+        mixed[:, :, channels] = back.view(len(u), -1, attention.dim).to(u.dtype)
     return mixed
 
 

@@ -231,7 +231,7 @@ def test_one_segment_one_group_no_shuffle_is_the_adaptive_attention_residual():
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_with_attention_as_identity_the_residual_is_gate_times_input(shuffle, monkeypatch):
-    monkeypatch.setattr("shuffle_nb.diffusion.relactrl.window_attention", lambda z, *rest: z)
+    monkeypatch.setattr(ShuffleAttention, "attend", lambda self, z: z)
     mixer = TwoDimShuffleMixer(256, 6, shuffle=shuffle)
     c, t_mod = torch.randn(3, 8, 256), torch.randn(3, 6 * 256)
     shift, scale, gate = (mixer.table + t_mod.view(3, 6, 256))[:, :3, None].unbind(1)
@@ -703,12 +703,12 @@ def test_a_release_that_does_not_fit_is_refused():
     model = small_control(small_base())
     state = official_state(model)
     lost = {k: v for k, v in state.items() if k != "controlnet.1.after_proj.bias"}
-    with pytest.raises(ValueError, match=r"lacks 1 weights .*controls\.1\.after_proj\.bias"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights, such as 1\.after_proj\.bias"):
         load_relactrl_weights(model, lost)
-    with pytest.raises(ValueError, match=r"has in excess 1 weights .*controls\.7\.mixer\.table"):
+    with pytest.raises(ValueError, match=r"has in excess 1 weights, such as 7\.mixer\.table"):
         more = {"controlnet.7.process.scale_shift_table": torch.zeros(6, 16)}
         load_relactrl_weights(model, state | more)
-    with pytest.raises(ValueError, match=r"controls\.0\.mixer\.table must be \(6, 16\)"):
+    with pytest.raises(ValueError, match=r"0\.mixer\.table must be \(6, 16\)"):
         wide = {"controlnet.0.process.scale_shift_table": torch.zeros(6, 32)}
         load_relactrl_weights(model, state | wide)
 

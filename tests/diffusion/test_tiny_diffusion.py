@@ -44,6 +44,7 @@ from shuffle_nb.diffusion.tiny_diffusion import (
     noise_images,
     noise_loss,
     predict_image,
+    sample_ddim,
     sample_euler,
     sample_heun,
     sample_stochastic,
@@ -1051,6 +1052,22 @@ def test_the_shipped_transformer_loads_and_has_learned():
         losses = [noise_loss(base, images).item() for _ in range(3)]
     assert sum(losses) / 3 < 0.25
     assert not base.training
+
+
+def test_sampling_finds_the_picture_that_the_model_has_in_mind():
+    picture = torch.rand(2, 1, 4, 4).double() * 2 - 1
+    calls = []
+
+    def knows(x, t):
+        calls.append(t)
+        signal, spread = (share.view(-1, 1, 1, 1) for share in cosine_levels(t))
+        return (x - signal * picture) / spread
+
+    found = sample_ddim(knows, torch.randn(2, 1, 4, 4).double(), 5)
+    torch.testing.assert_close(found, picture, atol=1e-6, rtol=0)
+    assert [t.shape for t in calls] == [(2,)] * 5 and calls[0][0] > calls[-1][0] > 0
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        sample_ddim(knows, torch.randn(2, 1, 4, 4), 0)
 
 
 def test_its_training_is_repeatable_and_leaves_the_global_stream_alone():
