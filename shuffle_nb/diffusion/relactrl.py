@@ -195,21 +195,19 @@ class TwoDimShuffleMixer(nn.Module):
 
     def mix(self, u: Tensor, channel_perm=None, token_perms=None, generator=None) -> Tensor:
         """Shuffle, attend and put back, without norm and residual."""
-        if not self.shuffle:
-            in_order = _settle(channel_perm, self.dim, None, u.device, shuffle=False)
-            return mix_groups(self.attentions, u, in_order, token_perms or [None] * len(self.sizes))
         drawn = self.draw_permutations(u.shape[1], generator, u.device, channel_perm, token_perms)
-        self.check_permutations(u.shape[1], *drawn, values=False)
+        if self.shuffle:
+            self.check_permutations(u.shape[1], *drawn, values=False)
         return mix_groups(self.attentions, u, *drawn)
 
     def draw_permutations(
         self, length: int, generator=None, device="cpu", channel_perm=None, token_perms=None
-    ) -> tuple[Tensor, Sequence[Tensor]]:  # channel_perm, token_perms
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:  # channel_perm, token_perms
         """Draw what one call draws, to be passed to many calls. What is given is not drawn."""
-        channel_perm = _settle(channel_perm, self.dim, generator, device)
-        if token_perms is None:
+        channel_perm = _settle(channel_perm, self.dim, generator, device, self.shuffle)
+        if token_perms is None and self.shuffle:
             token_perms = [_settle(None, length * n, generator, device) for n in self.sizes]
-        return channel_perm, token_perms
+        return channel_perm, token_perms or [None] * len(self.sizes)
 
     def check_permutations(
         self, length: int, channel_perm: Tensor, token_perms: Sequence[Tensor], values: bool = True
@@ -393,16 +391,9 @@ def relevance_score(
     control_error: Sequence[float] | Float[Tensor, " n"],  # H_i, larger is worse
 ) -> Float[Tensor, " n"]:  # in [0, 1]; 1: the layer that hurts most when it is skipped
     """Return the relevance score of each position; undefined where nothing varies."""
-    metrics = {"quality": quality, "control_error": control_error}
-    metrics = {name: _as_score(metric, name) for name, metric in metrics.items()}
-    require_shape(len(metrics["quality"]), control_error=metrics["control_error"])
-    scaled = []
-    for name, metric in metrics.items():
-        low, high = metric.aminmax()
-        if low == high:
-            raise ValueError(f"relevance is undefined: {name} is {low:g} everywhere")
-        scaled.append((metric - low) / (high - low))
-    return (scaled[0] + scaled[1]) / 2
+    F_i, H_i = _as_score(quality, "quality"), _as_score(control_error, "control_error")
+    require_shape(len(F_i), control_error=H_i)
+    return (_scaled(F_i, "quality") + _scaled(H_i, "control_error")) / 2
 
 
 def select_layers(
@@ -421,6 +412,14 @@ def _as_score(values, name: str) -> Tensor:
         raise ValueError(f"{name} must hold one number a position, got {values.tolist()}")
     require_finite(**{name: values})
     return values
+
+
+def _scaled(values: Tensor, name: str) -> Tensor:
+    """Map the least value to 0, the largest to 1."""
+    low, high = values.aminmax()
+    if low == high:
+        raise ValueError(f"relevance is undefined: {name} is {low:g} everywhere")
+    return (values - low) / (high - low)
 
 
 def _ranked(score) -> list[int]:
