@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shuffle_nb.foundations.attention import Attention, KeyValueCache, attend
+from shuffle_nb.foundations.attention import (
+    Attention,
+    CausalTransformer,
+    KeyValueCache,
+    attend,
+)
 
 
 def reference(layer: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -172,3 +177,42 @@ def test_a_cache_refuses_gradients_and_stays_as_it_was():
     with pytest.raises(ValueError, match=r"under torch\.no_grad"):
         layer_of()(inputs(1, 2), cache)
     assert cache.length == 0 and cache.key is None
+
+
+def decoder_of(max_positions=6, depth=2) -> CausalTransformer:
+    torch.manual_seed(0)
+    model = CausalTransformer(8, depth, 2, max_positions).double().eval()
+    nn.init.normal_(model.positions)
+    return model
+
+
+def test_the_decoder_is_positions_then_attention_and_mlp_each_beside_a_shortcut():
+    model, x = decoder_of(), inputs(2, 5)
+    by_hand = x + model.positions[:5]
+    for norm, attention, mlp in zip(model.norms, model.attentions, model.mlps, strict=True):
+        by_hand = by_hand + reference(attention, norm(by_hand))
+        before, first, _, second = mlp
+        by_hand = by_hand + second(nn.functional.gelu(first(before(by_hand))))
+    assert torch.allclose(model(x), by_hand, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 3, 1], [5, 1], [6]])
+@torch.no_grad()
+def test_chunks_through_a_decoder_with_caches_equal_the_whole(sizes):
+    model, x = decoder_of(), inputs(2, 6)
+    caches = model.new_caches()
+    chunks = [model(chunk, caches) for chunk in x.split(sizes, dim=1)]
+    assert torch.allclose(torch.cat(chunks, dim=1), model(x), atol=1e-12)
+
+
+def test_a_decoder_refuses_no_blocks_and_more_positions_than_it_has():
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+        CausalTransformer(8, 0, 2, 6)
+    with pytest.raises(ValueError, match=r"positions of x must be in 1..6, got 7"):
+        decoder_of()(inputs(1, 7))
+    model = decoder_of()
+    caches = model.new_caches()
+    with torch.no_grad():
+        model(inputs(1, 4), caches)
+        with pytest.raises(ValueError, match=r"positions of x must be in 1..2, got 3"):
+            model(inputs(1, 3), caches)
