@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['require_damping', 'gaussian_features', 'orthogonal_gaussian', 'unsigned_rows', 'cos_variance', 'rectify',
            'relu_features', 'arccos1_kernel', 'own_generator', 'settle', 'gaussian_rows', 'ReLUFeatures', 'unit_digits',
-           'mlp', 'cross_entropy', 'learner', 'accuracy']
+           'mlp', 'cross_entropy', 'learner', 'accuracy', 'some_classes', 'Bottleneck']
 
 # %% ../../nbs/kernels/00_random_features.ipynb #95108f89
 from itertools import pairwise
@@ -251,3 +251,26 @@ def accuracy(network: nn.Module) -> float:
     x, labels = network.held_out
     answers = predict(network, x, batch_size=256).argmax(1)
     return (answers == labels.cpu()).float().mean().item()
+
+# %% ../../nbs/kernels/00_random_features.ipynb #59ae6755
+def some_classes(
+    split: tuple[Tensor, Tensor, Tensor, Tensor],  # training inputs and labels, then the test's
+    first: int,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep the classes first, ..., first + count - 1 of a split, counted from zero."""
+    x, labels, test_x, test_labels = split
+    own, test_own = ((first <= y) & (y < first + count) for y in (labels, test_labels))
+    return x[own], labels[own] - first, test_x[test_own], test_labels[test_own] - first
+
+
+class Bottleneck(nn.Sequential):
+    """The usual adapter: x + up(relu(down(x))); up starts at zero."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
+        nn.init.zeros_(self[2].weight)
+        nn.init.zeros_(self[2].bias)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return x + super().forward(x)

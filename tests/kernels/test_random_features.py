@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shuffle_nb.foundations.training import fit_arms
 from shuffle_nb.kernels.random_features import (
+    Bottleneck,
     accuracy,
     gaussian_features,
     gaussian_rows,
@@ -19,6 +20,7 @@ from shuffle_nb.kernels.random_features import (
     orthogonal_gaussian,
     own_generator,
     settle,
+    some_classes,
     unit_digits,
     unsigned_rows,
 )
@@ -177,3 +179,21 @@ def test_a_small_network_learns_its_split_and_is_judged_on_the_rest():
     assert [type(layer).__name__ for layer in network] == ["Linear", "ReLU", "Linear"]
     right = (network(split[2]).argmax(1) == split[3]).float().mean().item()
     assert arms.scores("mlp") == [pytest.approx(right)] and right > 0.7
+
+
+def test_some_classes_keep_their_pictures_and_count_from_zero():
+    split = unit_digits(0)
+    low, high = some_classes(split, 0, 5), some_classes(split, 5, 5)
+    for place in (0, 2):
+        assert len(low[place]) + len(high[place]) == len(split[place])
+        assert torch.equal(high[place], split[place][split[place + 1] >= 5])
+        assert torch.equal(high[place + 1], split[place + 1][split[place + 1] >= 5] - 5)
+    assert some_classes(split, 3, 2)[1].unique().tolist() == [0, 1]
+
+
+def test_a_bottleneck_starts_as_identity_and_is_the_usual_adapter():
+    adapter, x = Bottleneck(6, 3), torch.randn(2, 4, 6)
+    assert torch.equal(adapter(x), x)
+    torch.nn.init.normal_(adapter[2].weight)
+    moved = adapter[0](x).relu() @ adapter[2].weight.T
+    assert torch.allclose(adapter(x), x + moved, atol=1e-6)
