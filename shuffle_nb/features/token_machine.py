@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TokFSM', 'ParallelBlock', 'TokenTransformer', 'next_token_loss', 'evaluating', 'next_state_probabilities',
-           'first_transition_accuracy', 'js_divergence', 'code_purity', 'divergence_within', 'code_f1', 'neuron_f1',
-           'last_vectors', 'swap_vectors', 'insert_parts']
+           'first_transition_accuracy', 'gap_and_accuracy', 'js_divergence', 'code_purity', 'divergence_within',
+           'code_f1', 'neuron_f1', 'last_vectors', 'swap_vectors', 'insert_parts']
 
 # %% ../../nbs/features/00_token_machine.ipynb #06631faf
 import fnmatch
@@ -209,6 +209,18 @@ def first_transition_accuracy(
         chances = next_state_probabilities(lambda tokens: model(tokens)[:, -1], fsm, contexts)
     guesses = chances.topk(fsm.edges).indices.cpu()
     return (fsm.transition.gather(1, guesses) > 0).double().mean().item()
+
+
+def gap_and_accuracy(
+    model: nn.Module,
+    fsm: TokFSM,
+    tokens: Int[Tensor, "batch length"],  # sampled walks
+) -> dict[str, float]:
+    """Return the loss above the best possible ("gap", nats a token) and the accuracy."""
+    best = fsm.best_loss((tokens.shape[1] - 1) // fsm.digits)
+    with evaluating(model):
+        loss = next_token_loss(model, tokens.to(next(model.parameters()).device)).item()
+    return {"gap": loss - best, "accuracy": first_transition_accuracy(model, fsm)}
 
 # %% ../../nbs/features/00_token_machine.ipynb #ac54b723
 def js_divergence(

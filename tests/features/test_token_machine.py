@@ -17,6 +17,7 @@ from shuffle_nb.features.token_machine import (
     divergence_within,
     evaluating,
     first_transition_accuracy,
+    gap_and_accuracy,
     insert_parts,
     js_divergence,
     last_vectors,
@@ -252,6 +253,17 @@ def test_the_network_says_what_is_wrong(plain_python):
         TokenTransformer(6, 7, heads=3)
     with pytest.raises(ValueError, match="at most max_len=7 long, got 8"):
         TokenTransformer(6, 7)(torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_the_gap_is_the_loss_above_the_entropy_of_the_walks():
+    fsm = TokFSM(25, 3, 5)
+    model, (tokens, _) = TokenTransformer(fsm.vocab, 7), fsm.sample(30, 3)
+    found = gap_and_accuracy(model, fsm, tokens)
+    with evaluating(model):
+        loss = next_token_loss(model, tokens).item()
+    assert found["gap"] == pytest.approx(loss - fsm.best_loss(3)) and found["gap"] > 0
+    assert found["accuracy"] == first_transition_accuracy(model, fsm)
+    assert model.training
 
 
 def test_evaluating_restores_the_mode_after_an_error():
