@@ -4,32 +4,25 @@
 
 # %% auto #0
 __all__ = ['SHUFFLE_MAMBA_SIZES', 'inverse_permutation', 'sample_permutation', 'layer_shuffle', 'shuffle_probs', 'LayerShuffle',
-           'MambaBlock', 'resize_positions', 'ShuffleMamba', 'load_released', 'BiMamba', 'selective_scan']
+           'MambaBlock', 'ShuffleMamba', 'load_released', 'BiMamba', 'selective_scan']
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #aa1bf0bf
 import math
-import re
 from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shuffle_nb.foundations.arguments import (
-    drawing_device,
-    require_at_least_one,
-    require_between,
-    require_one_of,
-    require_permutation,
-    require_probability,
-    require_shape,
-)
+from ..foundations import arguments
+from ..foundations.training import load_exactly
 from shuffle_nb.shuffles.selective_scan import (
     BiMamba,
     DropPath,
     norm_before,
+    resize_positions,
     selective_scan,
 )
 
@@ -48,49 +41,49 @@ def sample_permutation(
     device: torch.device | str = "cpu",  # where the tokens are
     generator: torch.Generator | None = None,  # None: PyTorch's global stream
 ) -> Int[Tensor, " tokens"] | None:  # None: leave the order alone
-    """Throw the coin, and draw one permutation if it says so. Draws nothing if `prob` is 0."""
+    """Throw the coin, and draw a permutation if it says so; draw nothing at `prob` 0."""
     if prob == 0:
         return None
     if torch.compiler.is_compiling():  # a graph cannot branch on a coin
         perm = torch.randperm(num_tokens, device=device, generator=generator)
         coin = torch.rand((), device=device, generator=generator)
         return torch.where(coin < prob, perm, torch.arange(num_tokens, device=device))
-    coin_home = drawing_device(generator, "cpu")  # no waiting for a GPU
-    if torch.rand((), device=coin_home, generator=generator).item() >= prob:
+    home = arguments.drawing_device(generator, "cpu")  # no waiting for a GPU
+    if torch.rand((), device=home, generator=generator).item() >= prob:
         return None
-    home = drawing_device(generator, device)
+    home = arguments.drawing_device(generator, device)
     return torch.randperm(num_tokens, device=home, generator=generator).to(device)
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #3cab94d1
-# Gradient checkpointing runs a layer again during the backward pass. It restores PyTorch's global
-# random stream, but knows nothing of a generator that it is given: a second draw would be another
-# one, and the gradients wrong. So a layer leaves its permutation in the graph of its forward pass,
-# and a second run reads it there.
+# Gradient checkpointing runs a layer again in the backward pass. It restores PyTorch's own random
+# stream, but no generator: a second draw would be another one, and the gradients wrong. So a layer
+# leaves its permutation in the graph of its forward pass, and a second run reads it there.
 _DRAWN = "shuffle_nb permutation"
 
 
-def _remember(x: Tensor, owner: Callable, perm: Tensor | None) -> None:
-    """Leave at the graph's node of `x` which permutation `owner` uses (None: no shuffle)."""
+def _marked(x: Tensor, owner: Callable, perm: Tensor | None) -> Tensor:
+    """Return `x` as a node of its own, which tells what `owner` has drawn (None: no shuffle)."""
+    x = x.view_as(x)
     if not torch.compiler.is_compiling() and x.grad_fn is not None:
         x.grad_fn.metadata[_DRAWN] = (owner, perm)
+    return x
 
 
 def _draw(
     owner: Callable, x: Tensor, prob: float, generator: torch.Generator | None
 ) -> Tensor | None:
     """Draw a permutation, or repeat the one that `owner` drew in the pass that is run again."""
-    if generator is None or prob == 0 or torch.compiler.is_compiling():
+    own_stream = generator is not None and prob > 0 and not torch.compiler.is_compiling()
+    node = torch._C._current_autograd_node() if own_stream else None
+    if node is None:  # the forward pass
         return sample_permutation(x.shape[1], prob, x.device, generator)
-    if (node := torch._C._current_autograd_node()) is None:  # the forward pass
-        return sample_permutation(x.shape[1], prob, x.device, generator)
-    nodes, seen, found = [node], {node}, []
-    while nodes:
-        node = nodes.pop()
-        if node.metadata.get(_DRAWN, (None,))[0] is owner:
-            found.append(node.metadata[_DRAWN][1])
-        new = {after for after, _ in node.next_functions if after is not None} - seen
+    nodes, seen = [node], {node, None}
+    for node in nodes:  # the list grows while we walk
+        new = {after for after, _ in node.next_functions} - seen
         seen |= new
         nodes += new
+    drawn = [node.metadata[_DRAWN] for node in nodes if _DRAWN in node.metadata]
+    found = [perm for who, perm in drawn if who is owner]
     if len(found) != 1:
         raise ValueError(
             "generator cannot repeat its draw in this gradient checkpointing: draw outside of it "
@@ -101,31 +94,28 @@ def _draw(
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #b21eebd2
 def layer_shuffle(
     x: Float[Tensor, "batch tokens channels"],
-    layer: Callable,  # layer(x) or, with a residual, layer(x, residual); a tensor or a tuple
+    layer: Callable,  # layer(x), or layer(x, residual); returns a tensor or a tuple
     prob: float,  # chance that this pass is shuffled
-    training: bool,  # False: layer(x), and no random number is drawn
+    training: bool,  # False: the layer alone, and no random number is drawn
     residual: Tensor | None = None,  # second stream, same shape as x
     generator: torch.Generator | None = None,
-    perm: Int[Tensor, " tokens"] | None = None,  # in training: use this one, draw nothing
+    perm: Int[Tensor, " tokens"] | None = None,  # in training: use it, draw nothing
 ):  # what the layer returns, in the original order
-    """Run `layer` on tokens in a random order and return its outputs in the original order.
+    """Run `layer` on tokens in a random order; put its outputs into the right one.
 
-    Raises ValueError for a `prob` outside [0, 1], an `x` that is not (batch, T, d), a residual of
-    another shape, or a `perm` that is no permutation of range(T).
+    Raises ValueError for wrong shapes, a `prob` outside [0, 1], and no permutation.
     """
-    require_probability(prob=prob)
-    require_shape("batch", "tokens", "channels", x=x)
-    require_shape(*x.shape, residual=residual)
-    if training and perm is not None:
-        require_shape(x.shape[1], perm=perm)
-        require_permutation(x.shape[1], perm=perm)
-    streams = (x,) if residual is None else (x, residual)
-    if training and perm is None:
-        perm = _draw(layer, x, prob, generator)
-        if generator is not None:
-            streams = (x.view_as(x), *streams[1:])  # a node of this call alone
-            _remember(streams[0], layer, perm)
-    if perm is None or not training:
+    arguments.require_probability(prob=prob)
+    arguments.require_shape("batch", "tokens", "channels", x=x)
+    arguments.require_shape(*x.shape, residual=residual)
+    streams = [x] if residual is None else [x, residual]
+    if not training:
+        return layer(*streams)
+    arguments.require_shape(x.shape[1], perm=perm)
+    arguments.require_permutation(x.shape[1], perm=perm)
+    perm = _draw(layer, x, prob, generator) if perm is None else perm
+    streams[0] = _marked(x, layer, perm)
+    if perm is None:
         return layer(*streams)
     perm = perm.to(x.device, torch.long)
     outputs = layer(*(stream.index_select(1, perm) for stream in streams))
@@ -142,31 +132,26 @@ def shuffle_probs(
 ) -> list[float]:  # p_l, one a layer
     """Return the chance of a shuffle for each layer; L = 1 has p = 0.
 
-    Raises ValueError for a depth below 1, a rate outside [0, 1] or an unknown schedule.
+    Raises ValueError for a depth below 1, a rate outside [0, 1], an unknown schedule.
     """
-    require_at_least_one(depth=depth)
-    require_probability(rate=rate)
+    arguments.require_at_least_one(depth=depth)
+    arguments.require_probability(rate=rate)
     line = [rate * layer / max(depth - 1, 1) for layer in range(depth)]
-    schedules = {
-        "linear": line, "reverse": line[::-1], "constant": [rate / 2] * depth, "none": [0.0] * depth
-    }  # fmt: skip
-    require_one_of(schedules, schedule=schedule)
+    schedules = {"linear": line, "reverse": line[::-1]}
+    schedules |= {"constant": [rate / 2] * depth, "none": [0.0] * depth}
+    arguments.require_one_of(schedules, schedule=schedule)
     return schedules[schedule]
 
-# %% ../../nbs/shuffles/02_layer_shuffle.ipynb #f1ca7576
+# %% ../../nbs/shuffles/02_layer_shuffle.ipynb #84dd9e25
 _all_ = ["BiMamba", "selective_scan"]
 
 
 class LayerShuffle(nn.Module):
     """Wrap any layer on token sequences: shuffled with probability `prob` in training mode."""
 
-    def __init__(
-        self,
-        layer: nn.Module,  # called as layer(x) or layer(x, residual)
-        prob: float,  # in [0, 1]
-    ):
+    def __init__(self, layer: nn.Module, prob: float):
         super().__init__()
-        require_probability(prob=prob)
+        arguments.require_probability(prob=prob)
         self.layer, self.prob = layer, prob
 
     def forward(
@@ -200,24 +185,22 @@ class MambaBlock(nn.Module):
 
     def forward(
         self,
-        h: Float[Tensor, "batch tokens dim"],  # output of the mixer before, or the embedding
-        r: Float[Tensor, "batch tokens dim"] | None = None,  # residual; None in the first block
+        h: Float[Tensor, "batch tokens dim"],  # from the mixer before, or the embedding
+        r: Float[Tensor, "batch tokens dim"] | None = None,  # None in the first block
         shuffle: float = 0.0,  # chance that the mixer reads in a random order
         generator: torch.Generator | None = None,
-        perm: Int[Tensor, " tokens"] | None = None,  # in training: use this one, draw nothing
+        perm: Int[Tensor, " tokens"] | None = None,  # in training: use it, draw nothing
     ) -> tuple[Tensor, Tensor]:  # (h, r), r in float32 at least
-        if self.training and perm is None:
-            perm = _draw(self, h, shuffle, generator)  # before DropPath, as the released code does
         r = h if r is None else r + self.drop_path(h)
         r = r.to(torch.promote_types(r.dtype, torch.float32))
-        normed = self.norm(r.to(self.norm.weight.dtype))
-        _remember(normed, self, perm)
-        return layer_shuffle(normed, self.mixer, 0.0, self.training, perm=perm), r
+        u = self.norm(r.to(self.norm.weight.dtype))
+        how = dict(generator=generator, perm=perm)
+        return layer_shuffle(u, self.mixer, shuffle, self.training, **how), r
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #c9a5d8a2
 def _initialise(model: nn.Module, init: str) -> None:
     """Set the initial weights of a `ShuffleMamba` (its mixers come with those of Mamba)."""
-    narrow_normal_ = lambda weight: nn.init.trunc_normal_(weight, std=0.02)  # noqa: E731
+    narrow_normal_ = partial(nn.init.trunc_normal_, std=0.02)
     patches = model.patches
     std = (patches.weight[0].numel() ** -0.5) / 0.87962566103423978  # LeCun's, truncated at 2 std
     nn.init.trunc_normal_(patches.weight, std=std, a=-2 * std, b=2 * std)
@@ -226,32 +209,14 @@ def _initialise(model: nn.Module, init: str) -> None:
     if isinstance(model.head, nn.Linear):
         narrow_normal_(model.head.weight)
         nn.init.zeros_(model.head.bias)
-    for block in model.blocks:
-        mixer = block.mixer
+    for mixer in (block.mixer for block in model.blocks):
         if init == "released":
             for weight in (mixer.in_proj.weight, mixer.x_proj, mixer.dt_weight):
                 narrow_normal_(weight)
             nn.init.zeros_(mixer.dt_bias)
-        nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
+        mixer.out_proj.reset_parameters()
         with torch.no_grad():  # as many branches add up as there are blocks
             mixer.out_proj.weight /= math.sqrt(len(model.blocks))
-
-
-def resize_positions(
-    positions: Float[Tensor, "1 tokens dim"],  # class token first, then a square grid
-    grid: tuple[int, int],  # height and width wanted, in patches
-) -> Float[Tensor, "1 resized dim"]:
-    """Stretch position embeddings to another grid of patches (bicubic); the class token stays."""
-    side = math.isqrt(positions.shape[1] - 1)
-    if positions.shape[1] != 1 + side**2:
-        raise ValueError(
-            f"positions must be those of a class token and a square grid, got {positions.shape[1]}"
-        )
-    if tuple(grid) == (side, side):
-        return positions
-    picture = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-    picture = F.interpolate(picture, grid, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], picture.flatten(2).transpose(1, 2)], dim=1)
 
 # %% ../../nbs/shuffles/02_layer_shuffle.ipynb #e11cca2f
 class ShuffleMamba(nn.Module):
@@ -282,18 +247,18 @@ class ShuffleMamba(nn.Module):
         checkpointing: bool = False,  # train with less memory: run each block twice
     ):
         super().__init__()
-        require_at_least_one(patch_size=patch_size, stride=stride)
+        arguments.require_at_least_one(patch_size=patch_size, stride=stride)
         self.patch_size, self.stride = patch_size, stride or patch_size
         self.grid = self._patches_along(img_size, "img_size")
-        require_one_of(["vim", "released"], init=init)
-        require_between(0, 2**31, num_classes=num_classes)
-        require_probability(drop_path=drop_path)
+        arguments.require_one_of(["vim", "released"], init=init)
+        arguments.require_between(0, 2**31, num_classes=num_classes)
+        arguments.require_probability(drop_path=drop_path)
         self.probs = shuffle_probs(depth, shuffle_rate, schedule)
         self.checkpointing = checkpointing
         self.patches = nn.Conv2d(in_chans, dim, patch_size, stride=self.stride)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.empty(1, 1 + self.grid**2, dim))
-        drops = [0.0, *(drop_path * layer / max(depth - 1, 1) for layer in range(depth))]
+        drops = [0.0, *shuffle_probs(depth, drop_path)]
         self.blocks = nn.ModuleList(
             MambaBlock(dim, drop, rms_norm, state, dt_rank=dt_rank) for drop in drops[:depth]
         )
@@ -318,43 +283,36 @@ class ShuffleMamba(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that the authors do not decay, though they have two axes here."""
-        kept = re.compile(r"positions|class_token|blocks\.\d+\.mixer\.(D|dt_bias)")
-        return {name for name, _ in self.named_parameters() if kept.fullmatch(name)}
+        kept = ("positions", "class_token", "mixer.D", "mixer.dt_bias")
+        return {name for name, _ in self.named_parameters() if name.endswith(kept)}
 
     def embed(
-        self,
-        x: Float[Tensor, "batch channels height width"],
+        self, x: Float[Tensor, "batch chans height width"]
     ) -> Float[Tensor, "batch tokens dim"]:
         """Cut patches, put the class token in front, add positions (resized if need be)."""
-        require_shape("batch", self.patches.in_channels, "height", "width", x=x)
+        arguments.require_shape("batch", self.patches.in_channels, "height", "width", x=x)
         grid = tuple(self._patches_along(x.shape[axis], f"x.shape[{axis}]") for axis in (2, 3))
         patches = self.patches(x).flatten(2).transpose(1, 2)
         first = self.class_token.expand(len(x), -1, -1).to(patches.dtype)
         return torch.cat([first, patches], dim=1) + resize_positions(self.positions, grid)
 
     def forward_features(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        generator: torch.Generator | None = None,  # of the shuffles
+        self, x: Float[Tensor, "batch chans height width"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "batch dim"]:
         """Return the class token behind the last norm: what the head reads."""
-        h, r = self.embed(x), None
-        shuffling = self.training and any(self.probs)
+        h, r, shuffling = self.embed(x), None, self.training and any(self.probs)
+        twice = self.checkpointing and self.training and torch.is_grad_enabled()
         for block, prob in zip(self.blocks, self.probs, strict=True):
-            perm = _draw(block, h, prob, generator) if shuffling else None
+            perm = _draw(block.mixer, h, prob, generator) if shuffling else None
             if shuffling and prob == 0:  # the released code throws this coin too
                 torch.rand((), device=generator.device if generator else "cpu", generator=generator)
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                h, r = checkpoint(block, h, r, perm=perm, use_reentrant=False)
-            else:
-                h, r = block(h, r, perm=perm)
+            run = partial(checkpoint, block, use_reentrant=False) if twice else block
+            h, r = run(h, r, perm=perm)
         first = r[:, 0] + self.drop_path(h[:, 0])  # from here on only the class token is needed
         return self.norm(first.to(self.norm.weight.dtype))
 
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        generator: torch.Generator | None = None,  # of the shuffles
+        self, x: Float[Tensor, "batch chans height width"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "batch outputs"]:
         """Return the logits. In eval mode, or at rate 0, this is the plain model bit for bit."""
         return self.head(self.forward_features(x, generator))
@@ -368,10 +326,10 @@ SHUFFLE_MAMBA_SIZES = {
     "large": dict(dim=1024, depth=48),
 }
 
-# What the released code calls our weights: by their first letters; two for the two directions.
+# What the released code calls our weights: by their first word; two for the two directions.
 _RELEASED = {
-    "patches.": "patch_embed.proj.", "class_token": "cls_token", "positions": "pos_embed",
-    "blocks.": "layers.", "norm.": "norm_f.", "head.": "head.",
+    "patches": "patch_embed.proj", "class_token": "cls_token", "positions": "pos_embed",
+    "blocks": "layers", "norm": "norm_f", "head": "head",
 }  # fmt: skip
 _RELEASED_PAIRS = {
     "conv.weight": "conv1d{}.weight", "conv.bias": "conv1d{}.bias", "x_proj": "x_proj{}.weight",
@@ -381,12 +339,11 @@ _RELEASED_PAIRS = {
 
 def _released_names(name: str) -> list[str]:
     """Return what the released code calls a weight: one name, or two for the two directions."""
-    ours = next(ours for ours in _RELEASED if name.startswith(ours))
-    name = _RELEASED[ours] + name.removeprefix(ours)
-    stem, _, last = name.partition(".mixer.")
+    first, dot, rest = name.partition(".")
+    stem, mixer, last = f"{_RELEASED[first]}{dot}{rest}".partition(".mixer.")
     if last not in _RELEASED_PAIRS:
-        return [name]
-    return [f"{stem}.mixer.{_RELEASED_PAIRS[last].format(way)}" for way in ("", "_b")]
+        return [stem + mixer + last]
+    return [stem + mixer + _RELEASED_PAIRS[last].format(way) for way in ("", "_b")]
 
 
 def load_released(
@@ -398,22 +355,15 @@ def load_released(
     Raises ValueError for a weight that is missing, left over or of another shape.
     """
     weights = dict(weights.get("model", weights))
+    if isinstance(model.head, nn.Identity):
+        weights = {name: value for name, value in weights.items() if not name.startswith("head.")}
     ours = {}
-    for name, target in model.state_dict().items():
+    for name in model.state_dict():
         theirs = _released_names(name)
-        if missing := [their for their in theirs if their not in weights]:
-            raise ValueError(f"weights must hold {missing[0]!r}, got none of that name")
-        value = torch.stack([weights.pop(their) for their in theirs])
-        value = value[0] if len(theirs) == 1 else value.flatten(0, 1) if ".conv." in name else value
-        if name == "positions":
-            value = resize_positions(value, (model.grid, model.grid))
-        if value.shape != target.shape:
-            raise ValueError(
-                f"weights[{theirs[0]!r}] must give shape {tuple(target.shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-        ours[name] = value
-    extra = [name for name in weights if isinstance(model.head, nn.Linear) or "head." not in name]
-    if extra:
-        raise ValueError(f"weights must hold nothing else, got {extra[0]!r}")
-    model.load_state_dict(ours)
+        if all(their in weights for their in theirs):
+            values = [weights.pop(their) for their in theirs]
+            join = torch.cat if len(values) == 1 or ".conv." in name else torch.stack
+            ours[name] = join(values)
+    if "positions" in ours:
+        ours["positions"] = resize_positions(ours["positions"], (model.grid, model.grid))
+    load_exactly(model, ours | weights)  # what nobody asked for is in excess

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shuffle_nb.shuffles import layer_shuffle
 from shuffle_nb.shuffles import selective_scan as module
-from shuffle_nb.shuffles.selective_scan import scan, selective_scan
+from shuffle_nb.shuffles.selective_scan import resize_positions, scan, selective_scan
 
 
 def scan_inputs(batch=2, channels=6, length=9, states=4, groups=(), dtype=torch.float32):
@@ -255,6 +255,17 @@ def test_the_paper_still_exports_the_scan():
     assert scan(u, u.exp(), -torch.rand(1, 4, 3), B, B).shape == u.shape
 
 
+def test_positions_stretch_to_another_grid():
+    positions = torch.randn(1, 10, 4)
+    assert resize_positions(positions, (3, 3)) is positions
+    larger = resize_positions(positions, (6, 5))
+    assert larger.shape == (1, 31, 4) and torch.equal(larger[:, 0], positions[:, 0])
+    flat = resize_positions(torch.full((1, 10, 4), 2.0), (4, 7))
+    assert torch.allclose(flat, torch.full((1, 29, 4), 2.0))  # a constant stays one
+    with pytest.raises(ValueError, match="a square grid, got 7"):
+        resize_positions(torch.zeros(1, 7, 4), (3, 3))
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -270,20 +281,20 @@ def scan_with(**changes):
     [
         (dict(method="fast"), "method must be one of.*'fast'"),
         (dict(u=torch.zeros(6, 9)), r"u must be \(batch, channels, time\)"),
-        (dict(u=torch.zeros(2, 6, 0)), "u must be"),
+        (dict(u=torch.zeros(2, 6, 0)), r"u must be at least one token long.*\(2, 6, 0\)"),
         (dict(delta=torch.zeros(2, 6, 8)), r"delta must be \(2, 6, 9\)"),
         (dict(A=torch.zeros(5, 4)), r"A must be \(6, states\)"),
         (dict(B=torch.zeros(2, 5, 9)), r"B must be \(2, \[groups,\] 4, 9\)"),
         (dict(B=torch.zeros(4, 9)), "B must be"),
-        (dict(C=torch.zeros(2, 4, 8)), r"C must be \(2, 4, 9\) like B"),
+        (dict(C=torch.zeros(2, 4, 8)), r"C must be \(2, 4, 9\), got shape \(2, 4, 8\)"),
         (
             dict(B=torch.zeros(2, 4, 4, 9), C=torch.zeros(2, 4, 4, 9)),
             "4 groups, which do not divide 6 channels",
         ),
         (dict(B=torch.zeros(2, 0, 4, 9), C=torch.zeros(2, 0, 4, 9)), "0 groups"),
-        (dict(D=torch.zeros(5)), r"D must be \(6,\), one for each channel, got shape \(5,\)"),
-        (dict(z=torch.zeros(2, 6, 8)), r"z must be \(2, 6, 9\) like u"),
-        (dict(delta_bias=torch.zeros(7)), r"delta_bias must be \(6,\)"),
+        (dict(D=torch.zeros(5)), r"D must be \(6\), got shape \(5,\)"),
+        (dict(z=torch.zeros(2, 6, 8)), r"z must be \(2, 6, 9\), got shape \(2, 6, 8\)"),
+        (dict(delta_bias=torch.zeros(7)), r"delta_bias must be \(6\)"),
     ],
 )
 def test_message_says_what_was_expected(changes, message):
