@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['require_damping', 'gaussian_features', 'orthogonal_gaussian', 'unsigned_rows', 'cos_variance', 'rectify',
-           'relu_features', 'arccos1_kernel', 'own_generator', 'settle', 'gaussian_rows', 'ReLUFeatures', 'unit_digits',
-           'mlp', 'cross_entropy', 'learner', 'accuracy', 'some_classes', 'Bottleneck']
+           'relu_features', 'arccos1_kernel', 'own_generator', 'settle', 'gaussian_rows', 'ReLUFeatures',
+           'ridge_regression', 'unit_digits', 'mlp', 'cross_entropy', 'learner', 'accuracy', 'some_classes',
+           'Bottleneck']
 
 # %% ../../nbs/kernels/00_random_features.ipynb #95108f89
 from itertools import pairwise
@@ -16,7 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 
-from ..foundations.arguments import require_at_least_one, require_one_of, require_shape
+from shuffle_nb.foundations.arguments import (
+    require_at_least_one,
+    require_one_of,
+    require_positive,
+    require_shape,
+)
 from ..foundations.datasets import digits
 from ..foundations.training import MiniBatches, predict
 
@@ -204,6 +210,25 @@ class ReLUFeatures(nn.Module):
         return rectify(z, self.constant)
 
     forward = phi
+
+# %% ../../nbs/kernels/00_random_features.ipynb #b4e934fd
+def ridge_regression(
+    H: Float[Tensor, "n m"],  # features, a row an example
+    Y: Float[Tensor, "n l"],  # targets
+    ridge: float = 1e-4,  # penalty
+) -> tuple[Float[Tensor, "l m"], Float[Tensor, " l"]]:  # V and bias, in double precision
+    """Minimise |H V^T + bias - Y|^2 + ridge |V|^2. Raises ValueError for a ridge not positive."""
+    require_positive(ridge=ridge)
+    require_shape(len(H), "l", Y=Y)
+    # The Gram matrix squares the condition number: single precision would not do.
+    wide = torch.float32 if H.device.type == "mps" else torch.float64
+    H, Y = H.to(wide), Y.to(wide)
+    mean_H, mean_Y = H.mean(0), Y.mean(0)
+    H = H - mean_H
+    gram = H.mT @ H
+    gram.diagonal().add_(ridge)
+    V = torch.linalg.solve(gram, H.mT @ (Y - mean_Y)).mT
+    return V, mean_Y - V @ mean_H
 
 # %% ../../nbs/kernels/00_random_features.ipynb #d35df1d8
 def unit_digits(

@@ -19,6 +19,7 @@ from shuffle_nb.kernels.random_features import (
     mlp,
     orthogonal_gaussian,
     own_generator,
+    ridge_regression,
     settle,
     some_classes,
     unit_digits,
@@ -153,6 +154,28 @@ def test_rows_without_the_sign_have_the_lengths_of_gaussian_ones_but_a_mean():
     assert rows.norm(dim=1).square().mean() == pytest.approx(2, rel=0.1)
     signed = orthogonal_gaussian(4000, 2, generator=seeded())
     assert rows.mean(0).norm() > 0.4 > 0.1 > signed.mean(0).norm()
+
+
+# ---------------------------------------------------------------- a linear model on features
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ridge_regression_is_the_formula_with_a_column_of_ones(dtype):
+    H, Y = normal(30, 8).to(dtype), normal(30, 2, seed=1).to(dtype)
+    V, bias = ridge_regression(H, Y, 0.2)
+    H = torch.cat([H.double(), torch.ones(30, 1)], 1)
+    penalty = 0.2 * torch.eye(9).double()
+    penalty[8, 8] = 0
+    expected = Y.double().T @ H @ torch.linalg.inv(H.T @ H + penalty)
+    assert torch.allclose(V, expected[:, :8]) and torch.allclose(bias, expected[:, 8])
+
+
+def test_ridge_regression_says_what_does_not_fit(plain_python):
+    H = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="ridge must be positive and finite, got 0"):
+        ridge_regression(H, H, 0.0)
+    with pytest.raises(ValueError, match=r"Y must be \(3, l\), got shape \(4, 2\)"):
+        ridge_regression(H, torch.zeros(4, 2))
 
 
 # ---------------------------------------------------------------- digits and small networks
