@@ -466,7 +466,7 @@ def load_blocks(blocks, tensors, names):
     """Copy the weights of residual MLP blocks; `names` are theirs, one a block."""
     with torch.no_grad():
         for block, name in zip(blocks, names, strict=True):
-            norm, first, _, second = block.layers
+            norm, first, _, second = getattr(block, "layers", block)
             for layer, (weight, bias) in {
                 norm: ("norm.weight", "norm.bias"),
                 first: ("W1", "b1"),
@@ -531,7 +531,7 @@ def whole_model(case):
     attention = model.transformer.attentions[0]
     with torch.no_grad():
         model.embedding.weight.copy_(t["embedding"])
-        model.beginning.classes.weight.copy_(t["start"])
+        model.classes.weight.copy_(t["start"])
         model.transformer.positions.copy_(t["positions"])
         for part in ("weight", "bias"):
             stacked = torch.cat([t[f"{name}.{part}"] for name in "qkv"])
