@@ -41,7 +41,7 @@ def sample_permutation(
     device: torch.device | str = "cpu",  # where the tokens are
     generator: torch.Generator | None = None,  # None: PyTorch's global stream
 ) -> Int[Tensor, " tokens"] | None:  # None: leave the order alone
-    """Throw the coin, and draw a permutation if it says so; draw nothing at `prob` 0."""
+    """Throw the coin; draw a permutation if it says so. Draw nothing at `prob` 0."""
     if prob == 0:
         return None
     if torch.compiler.is_compiling():  # a graph cannot branch on a coin
