@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TokFSM', 'ParallelBlock', 'TokenTransformer', 'next_token_loss', 'evaluating', 'next_state_probabilities',
            'first_transition_accuracy', 'gap_and_accuracy', 'js_divergence', 'code_purity', 'divergence_within',
-           'code_f1', 'neuron_f1', 'last_vectors', 'swap_vectors', 'insert_parts']
+           'code_f1', 'neuron_f1', 'last_vectors', 'swap_vectors', 'js_to_target', 'insert_parts']
 
 # %% ../../nbs/features/00_token_machine.ipynb #06631faf
 import fnmatch
@@ -345,6 +345,19 @@ def swap_vectors(
             stack.callback(part.register_forward_hook(change).remove)
         model(target_tokens)
         return model(source_tokens)[:, -1]
+
+
+def js_to_target(
+    model: nn.Module,
+    fsm: TokFSM,
+    swap: Callable[..., Tensor],  # (model, source tokens, target tokens, *what) -> last logits
+    *what,  # to write, as `swap` understands it
+) -> Float[Tensor, " pairs"]:
+    """Return the JS to what truly follows state B, with B written over A, for every pair A, B."""
+    source, target = torch.nonzero(~torch.eye(fsm.num_states, dtype=torch.bool)).T
+    contexts = fsm.contexts().to(next(model.parameters()).device)
+    logits = swap(model, contexts[source], contexts[target], *what)
+    return js_divergence(logits.cpu().double().softmax(-1), fsm.first_digits()[target])
 
 # %% ../../nbs/features/00_token_machine.ipynb #1c389ffb
 #| code-fold: true

@@ -20,6 +20,7 @@ from shuffle_nb.features.token_machine import (
     gap_and_accuracy,
     insert_parts,
     js_divergence,
+    js_to_target,
     last_vectors,
     neuron_f1,
     next_state_probabilities,
@@ -323,6 +324,19 @@ def test_swapping_one_coordinate_writes_that_one(only):
     hook.remove()
     with pytest.raises(ValueError, match="only must be one of"):
         swap_vectors(model, source, target, parts, "largest")
+
+
+def test_js_to_target_is_that_of_every_pair():
+    fsm = TokFSM(9, 2, 3)
+    model, follows = TokenTransformer(fsm.vocab, 7), fsm.first_digits()
+    parts, contexts = [model.blocks[1].mlp], fsm.contexts()
+    found = js_to_target(model, fsm, swap_vectors, parts, "widest")
+    pairs = [(a, b) for a in range(9) for b in range(9) if a != b]
+    assert found.shape == (len(pairs),)
+    for (a, b), js in zip(pairs[::10], found[::10], strict=True):
+        logits = swap_vectors(model, contexts[[a]], contexts[[b]], parts, "widest")
+        alone = js_divergence(logits[0].double().softmax(-1), follows[b])
+        assert js.item() == pytest.approx(alone.item(), abs=1e-6)
 
 
 # --- parts at any place
