@@ -3,17 +3,6 @@
 import torch
 
 
-def check_reading__keeps_only_the_last_state(ids, states):
-    return {code: {state} for code, state in zip(ids.tolist(), states.tolist(), strict=True)}
-
-
-def check_reading__swaps_codes_and_states(ids, states):
-    found = {}
-    for code, state in zip(ids.tolist(), states.tolist(), strict=True):
-        found.setdefault(state, set()).add(code)
-    return found
-
-
 def check_writing__writes_everywhere(model, tokens, layer, code):
     with layer.intervene(lambda ids: torch.full_like(ids, code)):
         return model(tokens)[:, -1]
