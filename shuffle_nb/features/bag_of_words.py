@@ -7,7 +7,7 @@ __all__ = ['NOT_PROSE', 'ACCENTS', 'WORD', 'NUMERALS', 'MONTHS', 'CATEGORIES', '
            'bag_of_words', 'circular_bow', 'figure8_bow', 'sphere_bow', 'iid_bow', 'picked_rows', 'dense_rows',
            'dense_parts', 'in_double', 'require_bags', 'shuffle_columns', 'moments', 'word_correlations',
            'gram_alignment', 'nearest_columns', 'neighbour_order_score', 'word_topics', 'same_topic_neighbours',
-           'documentation_bag', 'public_bag', 'split_samples']
+           'draw_words', 'documentation_bag', 'public_bag', 'split_samples']
 
 # %% ../../nbs/features/00_bag_of_words.ipynb #12d9c325
 import math
@@ -414,6 +414,28 @@ def same_topic_neighbours(
     own = topics[known]
     nearest = nearest_columns(W[:, known], k)
     return (own[nearest] == own[:, None]).float().mean().item()
+
+# %% ../../nbs/features/00_bag_of_words.ipynb #7e79e2d4
+#| code-fold: true
+def draw_words(
+    axis,  # of matplotlib
+    W: Float[Tensor, "m n"],  # a column a word, in the order of a cycle
+    names: Sequence[str],  # one a word
+) -> None:
+    """Draw columns in their first two principal components, joined to a cycle."""
+    from shuffle_nb.foundations import figures
+
+    require_shape("m", len(names), W=W)
+    W = W.detach().cpu()
+    u, _, _ = torch.linalg.svd(W - W.mean(1, keepdim=True), full_matrices=False)
+    places = (u[:, :2].T @ W).numpy()
+    axis.fill(*places, fill=False, ec=figures.PALETTE[6])
+    axis.scatter(*places, c=range(len(names)), cmap="twilight", s=40, zorder=3, ec="k", lw=0.4)
+    reach = 1.35 * np.abs(places).max()
+    for name, place in zip(names, places.T, strict=True):
+        beyond = place * (1 + 0.16 * reach / np.hypot(*place))
+        axis.text(*beyond, name, fontsize=8, ha="center", va="center")
+    figures.image_axis(axis).set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
 
 # %% ../../nbs/features/00_bag_of_words.ipynb #361c9dcd
 #| code-fold: true

@@ -14,33 +14,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from . import bag_of_words as bags
 from shuffle_nb.features.bag_of_words import (
-    as_rows,
-    bag_of_words,
+    bag_of_words,  # noqa: F401
     circular_bow,
-    dense_parts,
-    dense_rows,
     figure8_bow,
     gram_alignment,
     iid_bow,
-    in_double,
-    moments,
-    nearest_columns,
     neighbour_order_score,
     package_docstrings,  # noqa: F401
-    picked_rows,
-    require_bags,
     same_topic_neighbours,
     shuffle_columns,
     sphere_bow,
-    word_correlations,
 )
-from shuffle_nb.foundations.arguments import (
-    require_at_least_one,
-    require_between,
-    require_one_of,
-    require_shape,
-)
+from ..foundations import arguments
 
 # %% ../../nbs/features/02_bows.ipynb #cell-013
 #| code-fold: true
@@ -57,9 +44,9 @@ class TiedAutoencoder(nn.Module):
         tied: bool = True,  # False: a decoder of its own, which starts as a copy
     ):
         super().__init__()
-        require_at_least_one(n=n, m=m)
+        arguments.require_at_least_one(n=n, m=m)
         bounds = {"kaiming": math.sqrt(2 / n), "linear": 1 / math.sqrt(n)}
-        require_one_of(bounds, init=init)
+        arguments.require_one_of(bounds, init=init)
         self.n, self.m, self.relu = n, m, relu
         start = torch.empty(m, n).uniform_(-bounds[init], bounds[init], generator=generator)
         self.weight = nn.Parameter(start)  # W, one column a word
@@ -73,7 +60,7 @@ class TiedAutoencoder(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return h = W x; a sparse CSR batch is fine."""
-        require_shape(..., self.n, x=x)
+        arguments.require_shape(..., self.n, x=x)
         return F.linear(x, self.weight)
 
     def decode(self, h: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch n"]:
@@ -98,35 +85,37 @@ def learning_rates(
     schedule: str = "cosine",  # or "cosine-epoch" (moves once an epoch, ends at 1e-9), "constant"
 ) -> list[float]:  # one a step
     """Return the learning rate of every step."""
-    require_one_of(["cosine", "cosine-epoch", "constant"], schedule=schedule)
+    arguments.require_one_of(["cosine", "cosine-epoch", "constant"], schedule=schedule)
     if schedule == "constant":
         return [lr] * steps
-    if schedule == "cosine":
-        return [lr * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
-    epochs, floor = -(-steps // per_epoch), 1e-9
-    turns = (math.pi * (step // per_epoch) / epochs for step in range(steps))
-    return [floor + (lr - floor) * (1 + math.cos(turn)) / 2 for turn in turns]
+    stay, floor = (per_epoch, 1e-9) if schedule == "cosine-epoch" else (1, 0.0)
+    turn = math.pi / -(-steps // stay)
+    cosines = (math.cos(turn * (step // stay)) for step in range(steps))
+    return [floor + (lr - floor) * (1 + cosine) / 2 for cosine in cosines]
 
 
 LOSSES = {"mse": F.mse_loss, "bce": F.binary_cross_entropy_with_logits}
 MANY_WORDS = 2000  # from here on a sparse encoder is faster than a dense one (measured)
 
 
-def _stored_by_word(model: TiedAutoencoder) -> None:
-    """Keep the numbers of a word side by side in memory; shapes and values stay."""
-    model.weight.data = model.weight.data.T.contiguous().T
+def _dense_loss(model: TiedAutoencoder, X: Tensor, index: Tensor, loss) -> Tensor:
+    """Return the loss on some rows of X, which are made dense first."""
+    x = bags.dense_rows(X, index)
+    return loss(model(x), x)
 
 
-def _batch_loss(model: TiedAutoencoder, X: Tensor, index: Tensor, loss) -> Tensor:
-    """Return the loss on some rows of X. From many words, only those that occur are read."""
-    if X.layout == torch.strided or X.shape[1] < MANY_WORDS:
-        x = dense_rows(X, index)
-        return loss(model(x), x)
-    rows, columns, values, offsets = picked_rows(X, index)
+def _sparse_loss(model: TiedAutoencoder, X: Tensor, index: Tensor, loss) -> Tensor:
+    """Return the loss on some rows of a CSR matrix; only the words that occur are read."""
+    rows, columns, values, offsets = bags.picked_rows(X, index)
     h = F.embedding_bag(columns, model.weight.T, offsets, mode="sum", per_sample_weights=values)
     x = values.new_zeros(len(index), X.shape[1])
     x[rows, columns] = values
     return loss(model.decode(h), x)
+
+
+def _store_by_word(model: TiedAutoencoder) -> None:
+    """Keep the numbers of a word side by side in memory; shapes and values stay."""
+    model.weight.data = model.weight.data.T.contiguous().T
 
 
 def fit_autoencoder(
@@ -150,29 +139,28 @@ def fit_autoencoder(
     The model of "bce" has no ReLU: a probability is the sigmoid of its output. Raises
     FloatingPointError if the loss went astray.
     """
-    require_bags(X)
-    require_at_least_one(batch=batch, steps=steps, epochs=epochs)
-    require_one_of(LOSSES, loss=loss)
+    bags.require_bags(X)
+    arguments.require_at_least_one(batch=batch, steps=steps, epochs=epochs)
+    arguments.require_one_of(LOSSES, loss=loss)
     if steps is not None and epochs is not None:
         raise ValueError(f"give steps or epochs, not both: got {steps} and {epochs}")
-    relu = relu and loss == "mse"
     samples, n = X.shape
     per_epoch = -(-samples // batch)
     steps = steps or (epochs or 10) * per_epoch
     rates = learning_rates(lr, steps, per_epoch, schedule)
     generator = torch.Generator().manual_seed(seed)
-    model = TiedAutoencoder(n, m, relu, init, generator, tied).to(X.device, X.dtype)
+    model = TiedAutoencoder(n, m, relu and loss == "mse", init, generator, tied)
+    model.to(X.device, X.dtype)
+    step_loss = _dense_loss
     if X.layout != torch.strided and n >= MANY_WORDS:
-        _stored_by_word(model)
+        _store_by_word(model)
+        step_loss = _sparse_loss
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, fused=True)
-    losses, order = [], iter(())
-    for rate in rates:
-        index = next(order, None)
-        if index is None:  # a new epoch
-            shuffled = torch.randperm(samples, generator=generator).to(X.device)
-            order = iter(shuffled.split(batch))
-            index = next(order)
-        value = _batch_loss(model, X, index, LOSSES[loss])
+    orders = (torch.randperm(samples, generator=generator) for _ in range(steps))  # one an epoch
+    batches = (index for order in orders for index in order.to(X.device).split(batch))
+    losses = []
+    for rate, index in zip(rates, batches, strict=False):
+        value = step_loss(model, X, index, LOSSES[loss])
         value.backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -193,9 +181,9 @@ def pca_solution(
     m: int,  # latent dimensions, 0..n
 ) -> tuple[Float[Tensor, "m n"], Float[Tensor, " n"], float]:  # W, b and the smallest loss
     """Return the best linear autoencoder in closed form: PCA."""
-    require_bags(X)
-    require_between(0, X.shape[1], m=m)
-    mean, covariance = moments(X)
+    bags.require_bags(X)
+    arguments.require_between(0, X.shape[1], m=m)
+    mean, covariance = bags.moments(X)
     values, vectors = torch.linalg.eigh(covariance)  # ascending
     split = X.shape[1] - m
     W = vectors[:, split:].T
@@ -226,14 +214,14 @@ def interference_stats(
 
     Keys: active, inactive, positive_share, positive_share_inactive, self, bias.
     """
-    require_bags(X)
+    bags.require_bags(X)
     sums = 0
-    for x in dense_parts(X):
+    for x in bags.dense_parts(X):
         on = x > 0
         others = preactivation_parts(model, x)["interference"]
         helps = others > 0
         parts = [on.sum(0), (others * on).sum(0), others.sum(0), (helps & on).sum(0), helps.sum(0)]
-        sums = sums + in_double(torch.stack(parts))
+        sums = sums + bags.in_double(torch.stack(parts))
     kept = sums[0] >= min_active
     if not kept.any():
         raise ValueError(f"no word is active in {min_active} of the {X.shape[0]} samples of X")
@@ -255,11 +243,11 @@ def feature_r2(
     X: Float[Tensor, "samples n"],  # held-out samples, dense or sparse CSR
 ) -> Float[Tensor, " n"]:
     """Return R^2 of each word, 1 - SS_res / SS_tot; nan for a word that does not vary."""
-    require_bags(X)
+    bags.require_bags(X)
     sums = 0
-    for x in dense_parts(X):
+    for x in bags.dense_parts(X):
         parts = [(model(x) - x).square().sum(0), x.sum(0), x.square().sum(0)]
-        sums = sums + in_double(torch.stack(parts))
+        sums = sums + bags.in_double(torch.stack(parts))
     residual, first, second = sums
     total = second - first.square() / X.shape[0]
     r2 = torch.where(total > 1e-9 * second, 1 - residual / total, torch.nan)
@@ -269,9 +257,8 @@ def feature_r2(
 @torch.no_grad()
 def one_hot_r2(model: TiedAutoencoder) -> Float[Tensor, " n"]:
     """Return R^2 of each word over the n samples that hold a single word each."""
-    residual = torch.zeros_like(model.bias)
-    for columns in torch.arange(model.n, device=residual.device).split(4096):
-        x = F.one_hot(columns, model.n).to(residual.dtype)
-        residual += (model(x) - x).square().sum(0)
-    total = 1 - 1 / model.n  # one 1 among n
-    return 1 - residual / total if total else torch.full_like(residual, torch.nan)
+    n, like = model.n, model.bias
+    words = torch.arange(n, device=like.device).split(4096)
+    singles = (F.one_hot(some, n).to(like.dtype) for some in words)
+    residual = sum((model(x) - x).square().sum(0) for x in singles)
+    return 1 - residual / (1 - 1 / n or math.nan)  # one 1 among n; nan if there is no other word

@@ -20,6 +20,7 @@ from shuffle_nb.features.bag_of_words import (
     dense_rows,
     documentation,
     documentation_bag,
+    draw_words,
     figure8_bow,
     gram_alignment,
     iid_bow,
@@ -38,7 +39,7 @@ from shuffle_nb.features.bag_of_words import (
     word_topics,
     words_of,
 )
-from shuffle_nb.foundations import datasets
+from shuffle_nb.foundations import datasets, figures
 
 OFF_DIAGONAL = ~torch.eye(12, dtype=torch.bool)
 
@@ -371,6 +372,21 @@ def test_same_topic_neighbours_of_islands_and_of_chance():
     assert same_topic_neighbours(islands, topics) == 1
     cloud = torch.randn(30, 600, generator=seeded())
     assert same_topic_neighbours(cloud, torch.arange(600) % 4) == pytest.approx(0.25, abs=0.03)
+
+
+def test_words_are_drawn_as_a_cycle_at_their_own_distances():
+    angles = 2 * math.pi * torch.arange(12) / 12
+    plane = torch.linalg.qr(torch.randn(6, 2, generator=seeded())).Q  # a plane in six dimensions
+    _, axis = figures.subplots()
+    draw_words(axis, plane @ torch.stack([angles.cos(), 2 * angles.sin()]), list("JFMAMJJASOND"))
+    places = torch.from_numpy(np.asarray(axis.collections[0].get_offsets()))
+    expected = torch.stack([angles.cos(), 2 * angles.sin()], 1).double()
+    assert torch.allclose(torch.cdist(places, places), torch.cdist(expected, expected), atol=1e-5)
+    assert [text.get_text() for text in axis.texts] == list("JFMAMJJASOND")
+    assert np.allclose(axis.patches[0].get_xy()[:12], places)
+    assert not figures.dropped_points(axis.figure)
+    with pytest.raises(ValueError, match=r"W must be \(m, 3\), got shape \(2, 4\)"):
+        draw_words(axis, torch.zeros(2, 4), list("abc"))
 
 
 # ---------------------------------------------------------------- texts ready to use

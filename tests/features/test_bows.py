@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shuffle_nb.features import bag_of_words, bows
+from shuffle_nb.features.bag_of_words import word_correlations
 from shuffle_nb.features.bows import (
     TiedAutoencoder,
     circular_bow,
@@ -26,7 +27,6 @@ from shuffle_nb.features.bows import (
     preactivation_parts,
     same_topic_neighbours,
     sphere_bow,
-    word_correlations,
 )
 from shuffle_nb.foundations.costs import count_flops
 from shuffle_nb.foundations.reference import load_reference

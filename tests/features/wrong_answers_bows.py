@@ -9,14 +9,6 @@ def check_three__puts_all_on_one_side():
     return (0.5**0.5, 0.5**0.5, 1.0), (0.0, 0.0, 0.0)
 
 
-def check_norms__sharing_saves_nothing(k):
-    return k, k
-
-
-def check_norms__gives_one_entry_of_the_matrix(k):
-    return k, k**-0.5
-
-
 def check_lengths__shuffles_the_columns(x):
     return shuffle_columns(x, torch.Generator().manual_seed(0))
 
