@@ -12,46 +12,19 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from shuffle_nb.foundations.arguments import (
-    may_look,
-    require_ids,
-    require_probability,
-    require_shape,
-)
+from ..foundations import arguments
+from . import point_clouds as clouds
 from shuffle_nb.shuffles.point_clouds import (  # noqa: F401
-    X_RANGE,
-    Y_RANGE,
-    BoxDetector,
     Detections,
     Targets,
-    area_moves,
-    areas_of,
-    as_quadrants,
-    best_overlap,
     bev_areas,
-    descend,
-    follow,
-    gather_areas,
-    global_view,
-    inside_boxes,
-    is_right,
-    join_scenes,
-    one_order,
-    overlap_with,
-    pick_by_area,
     points_in_boxes,
-    random_quadrants,
-    range_columns,
     remove_points,
     rotated_iou_bev,
-    stack_scenes,
-    targets_or_none,
     transform_boxes,
-    two_means,
     unshuffle_bev_indices,
 )
 
@@ -59,12 +32,13 @@ from shuffle_nb.shuffles.point_clouds import (  # noqa: F401
 def consistency_score(
     boxes: Float[Tensor, "*batch n 7"],  # found in the scene
     aug_boxes: Float[Tensor, "*batch m 7"],  # found in the transformed scene
-    transform: dict,  # flip_y, rotation, scale (any of them): how the scene was transformed
+    transform: dict,  # how the scene was transformed: flip_y, rotation, scale
 ) -> Float[Tensor, "*batch n"]:  # in [0, 1]
-    """Score how well each box is found again, whatever its class; 0 where nothing is found."""
-    if unknown := set(transform) - {"flip_y", "rotation", "scale"}:
-        raise ValueError(f"transform may hold flip_y, rotation and scale, got {sorted(unknown)}")
-    return best_overlap(rotated_iou_bev(transform_boxes(boxes, **transform), aug_boxes))
+    """Score how well each box is found again, whatever its class; 0: not at all."""
+    if more := sorted(set(transform) - {"flip_y", "rotation", "scale"}):
+        raise ValueError(f"transform may hold flip_y, rotation and scale, got {more}")
+    moved = transform_boxes(boxes, **transform)
+    return clouds.best_overlap(rotated_iou_bev(moved, aug_boxes))
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #465dc036
 def dual_threshold(
@@ -72,12 +46,13 @@ def dual_threshold(
     default: tuple[float, float] = (0.99, 0.99),  # for two scores or fewer
 ) -> tuple[float, float]:  # (high, low)
     """Learn two thresholds from a pool of scores: its two centres, truncated."""
-    require_shape("n", scores=scores)
-    require_probability(scores=scores)
+    arguments.require_shape("n", scores=scores)
+    arguments.require_probability(scores=scores)
     if len(scores) <= 2:
         return default
+    centres = torch.stack(clouds.two_means(scores))
     # Rounded to six decimals first, so that 0.29 stored as 0.28999… stays 0.29.
-    high, low = ((torch.stack(two_means(scores)) * 1e6).round() // 10_000 / 100).tolist()
+    high, low = ((centres * 1e6).round() // 10_000 / 100).tolist()
     return high, low
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #e91ee111
@@ -85,20 +60,20 @@ def split_supervision(
     scores: Float[Tensor, "*batch n 3"],  # confidence, objectness, consistency
     labels: Int[Tensor, "*batch n"],  # class of each box
     thresholds: Float[Tensor, "classes 3 2"],  # (high, low) by class and score
-    n_points: Int[Tensor, "*batch n"] | None = None,  # points in each box; None: not looked at
+    n_points: Int[Tensor, "*batch n"] | None = None,  # in each box; None: enough
     min_points: int = 5,  # a high box holds more than this
     no_middle: Sequence[int] = (),  # classes without a middle level
-) -> tuple[Int[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:  # level 2, 1 or 0, and weight
-    """Sort boxes into high, middle, low; weights 1, confidence x objectness, 0."""
+) -> tuple[Int[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:  # level, weight
+    """Sort boxes into levels 2, 1, 0; their weights: 1, confidence x objectness, 0."""
     _check_levels(scores, labels, thresholds)
-    exceeds = (scores[..., None] > thresholds.to(scores)[labels]).all(-2)  # (…, n, high and low)
-    high, middle = exceeds.unbind(-1)
+    exceeds = scores[..., None] > thresholds.to(scores)[labels]  # (…, n, 3, 2)
+    high, middle = exceeds.all(-2).unbind(-1)
     if n_points is not None:
         high = high & (n_points > min_points)
     for label in no_middle:
         middle = middle & (labels != label)
     soft = scores[..., 0] * scores[..., 1] * middle
-    return torch.where(high, 2, middle.long()), torch.where(high, torch.ones_like(soft), soft)
+    return torch.where(high, 2, middle.long()), torch.where(high, 1, soft)
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #c611494b
 def pseudo_targets(
@@ -107,39 +82,37 @@ def pseudo_targets(
     annotations: Targets,  # mined before
     thresholds: Float[Tensor, "classes 3 2"],
     soft: bool = True,  # weigh pseudo-boxes by confidence x objectness, not by 1
-    removal_score: float = 0.1,  # least confidence of a doubtful box
     no_middle: Sequence[int] = (),  # classes without a middle level
-) -> tuple[Targets, Float[Tensor, "batch m 7"]]:  # what is taught; doubtful boxes, others NaN
-    """Add the boxes of this step to the annotations, and find the doubtful places."""
-    level, _ = split_supervision(kept.scores, kept.labels, thresholds, no_middle=no_middle)
-    present = kept.scores[..., 0] > 0
-    accepted = present & (level > 0) & (overlap_with(kept.boxes, annotations) == 0)
-    # Full weight is for mined boxes; these passed only the teacher of this very step.
-    weights = kept.scores[..., 0] * kept.scores[..., 1] if soft else present
-    taught = Targets(kept.boxes, kept.labels, (weights * accepted).to(kept.boxes))
-    targets = join_scenes([annotations, taught], 1)
-    doubtful = candidates.scores[..., 0] > removal_score
-    doubtful &= overlap_with(candidates.boxes, targets) == 0
+) -> tuple[Targets, Float[Tensor, "batch m 7"]]:  # what is taught; what is doubtful
+    """Add the boxes of this step to the annotations; boxes without doubt become NaN."""
+    boxes, labels, scores = kept
+    level, _ = split_supervision(scores, labels, thresholds, no_middle=no_middle)
+    accepted = (scores[..., 0] > 0) & (level > 0)
+    accepted &= clouds.overlap_with(boxes, annotations) == 0
+    weights = scores[..., :2].prod(-1) * accepted if soft else accepted.to(scores)
+    taught = Targets(boxes, labels, weights)
+    targets = clouds.join_scenes([annotations, taught], 1)
+    doubtful = candidates.scores[..., 0] > 0.1
+    doubtful &= clouds.overlap_with(candidates.boxes, targets) == 0
     return targets, candidates.boxes.masked_fill(~doubtful[..., None], torch.nan)
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #a286a6fb
 def shuffle_bev_points(
     points: Float[Tensor, "*batch n channels"],  # x, y, then anything (z, intensity, …)
     perm: Int[Tensor, "*scenes 4"] | Sequence[int],  # area i goes to area perm[i]
-    x_range: Sequence[float] = X_RANGE,
-    y_range: Sequence[float] = Y_RANGE,
+    x_range: Sequence[float] = clouds.X_RANGE,
+    y_range: Sequence[float] = clouds.Y_RANGE,
 ) -> Float[Tensor, "*batch kept channels"]:
     """Move the points of each area to the area that `perm` names; their order is kept.
 
-    Points out of range are dropped from a single cloud (n, channels). In a batch of clouds
-    (batch, n, channels), with perm (4,) or (batch, 4), their rows become NaN and the shape stays.
+    Points out of range are dropped; in a batch (batch, n, channels) they become NaN.
     """
-    table, scene = area_moves(points, perm, x_range, y_range)
-    low, last, middle = range_columns(points, x_range, y_range)
-    ground = points[..., :2].movedim(-1, 0).contiguous()  # x and y as long rows of memory
+    table, scene = clouds.area_moves(points, perm, x_range, y_range)
+    low, last, middle = clouds.range_columns(points, x_range, y_range)
+    ground = points[..., :2].movedim(-1, 0).contiguous()  # long rows of memory
     x_fits, y_fits = ground.detach().clamp(low, last) == ground
     inside = x_fits & y_fits
-    move = pick_by_area(table, *(ground >= middle), scene)
+    move = clouds.pick_by_area(table, *(ground >= middle), scene)
     ground = (ground + move[:2]).clamp_(move[2:4], move[4:])
     moved = torch.cat([ground.movedim(0, -1), points[..., 2:]], dim=-1)
     if points.ndim == 2:
@@ -153,8 +126,8 @@ def move_areas(
 ) -> Shaped[Tensor, "*any rows columns"]:
     """Copy the four areas of a map to their new places."""
     moved = torch.empty_like(x)
-    places = areas_of(moved)
-    for area, target in zip(areas_of(x), perm, strict=True):
+    places = clouds.areas_of(moved)
+    for area, target in zip(clouds.areas_of(x), perm, strict=True):
         places[target].copy_(area)
     return moved
 
@@ -164,21 +137,19 @@ def shuffle_bev_map(
     perm: Int[Tensor, "*scenes 4"] | Sequence[int],  # (4,) for all maps, or (batch, 4)
 ) -> Shaped[Tensor, "batch channels rows columns"]:
     """Move area i of each map to area perm[i]; ValueError for odd rows or columns."""
-    order = one_order(x, perm)
-    if order is not None:
+    if order := clouds.one_order(x, perm):
         return move_areas(x, order)
-    return gather_areas(x, as_quadrants(perm).argsort(-1))
+    return clouds.gather_areas(x, clouds.as_quadrants(perm).argsort(-1))
 
 
 def unshuffle_bev_map(
     x: Shaped[Tensor, "batch channels rows columns"],
     perm: Int[Tensor, "*scenes 4"] | Sequence[int],  # the one that it was shuffled with
 ) -> Shaped[Tensor, "batch channels rows columns"]:
-    """Move area perm[i] of each map back to area i: the exact inverse of `shuffle_bev_map`."""
-    order = one_order(x, perm)
-    if order is not None:
+    """Move area perm[i] of each map back to area i: `shuffle_bev_map` undone."""
+    if order := clouds.one_order(x, perm):
         return move_areas(x, sorted(range(4), key=order.__getitem__))
-    return gather_areas(x, as_quadrants(perm))
+    return clouds.gather_areas(x, clouds.as_quadrants(perm))
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #ca54ec98
 def seam(
@@ -187,49 +158,42 @@ def seam(
     radius: int = 1,  # 1 for a 3x3 convolution, k for k of them
 ) -> Bool[Tensor, "rows columns"]:
     """Tell which cells of an un-shuffled map have seen other neighbours."""
-    rows, columns = size
-    numbers = torch.arange(1.0, rows * columns + 1, dtype=torch.float64).view(1, 1, rows, columns)
-
-    def windows(x: Tensor) -> Tensor:
-        return F.unfold(x, 2 * radius + 1, padding=radius).view(1, -1, rows, columns)
-
-    seen = unshuffle_bev_map(windows(shuffle_bev_map(numbers, perm)), perm)
-    return (seen != windows(numbers)).any(1)[0]
+    numbers = torch.arange(1, size[0] * size[1] + 1).double().view(1, 1, *size)
+    plain, moved = (
+        nn.functional.unfold(x, 2 * radius + 1, padding=radius).view(1, -1, *size)
+        for x in (numbers, shuffle_bev_map(numbers, perm))
+    )
+    return (unshuffle_bev_map(moved, perm) != plain).any(1)[0]
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #d3ee0987
-def ema_keep(
-    step: int,  # semi-supervised steps made
-    keep: float = 0.9996,  # share of the old teacher after the ramp
-    ramp: int = 2000,  # steps until then
-) -> float:
-    """Return how much of itself the teacher keeps: from 0.5 linearly to `keep`."""
+def ema_keep(step: int, keep: float = 0.9996, ramp: int = 2000) -> float:
+    """Return the share of itself that the teacher keeps: 0.5 at first, later `keep`."""
     return 0.5 + (keep - 0.5) * step / ramp if step < ramp else keep
 
 
 def ema_update(
     teacher: nn.Module,  # changed in place, in its own precision
     student: nn.Module,  # of any precision, on any device
-    step: int,
-    keep: float = 0.9996,
-    ramp: int = 2000,
+    step: int,  # semi-supervised steps made
+    keep: float = 0.9996,  # share of the old teacher after the ramp
+    ramp: int = 2000,  # steps until then
 ) -> None:
     """Move the teacher's whole state towards the student's; copy integers."""
-    follow(teacher, student, ema_keep(step, keep, ramp))
+    clouds.follow(teacher, student, ema_keep(step, keep, ramp))
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #63a7dde3
-class BEVDetector(BoxDetector):
+class BEVDetector(clouds.BoxDetector):
     """A detector whose backbone may see the scene with its quadrants shuffled."""
 
     def forward(
         self,
-        points: Float[Tensor, "batch n channels"],  # x, y, z, intensity; padded with NaN
+        points: Float[Tensor, "batch n channels"],  # padded with NaN
         perm: Int[Tensor, "batch 4"] | None = None,  # shuffle what the backbone sees
     ) -> Float[Tensor, "batch outputs rows columns"]:
-        """Return logits of classes and objectness, then offsets in cells (and headings)."""
         if perm is None:
             return super().forward(points)
-        features = self.features(shuffle_bev_points(points, perm, self.x_range, self.y_range))
-        return self.head(self.neck(unshuffle_bev_map(features, perm)))
+        moved = shuffle_bev_points(points, perm, self.x_range, self.y_range)
+        return self.head(self.neck(unshuffle_bev_map(self.features(moved), perm)))
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #f7fed77f
 class Look(NamedTuple):
@@ -243,16 +207,16 @@ class Look(NamedTuple):
 
 
 def _check_thresholds(thresholds: Tensor) -> None:
-    require_shape("classes", 3, 2, thresholds=thresholds)
-    if may_look(thresholds) and (thresholds[..., 0] < thresholds[..., 1]).any():
+    arguments.require_shape("classes", 3, 2, thresholds=thresholds)
+    if arguments.may_look(thresholds) and (thresholds[..., 0] < thresholds[..., 1]).any():
         raise ValueError(f"thresholds must have high >= low, got {thresholds.tolist()}")
 
 
 def _check_levels(scores: Tensor, labels: Tensor, thresholds: Tensor) -> None:
     _check_thresholds(thresholds)
-    require_shape(*labels.shape, 3, scores=scores)
-    require_probability(scores=scores)
-    require_ids(len(thresholds), labels=labels)
+    arguments.require_shape(*labels.shape, 3, scores=scores)
+    arguments.require_probability(scores=scores)
+    arguments.require_ids(len(thresholds), labels=labels)
 
 
 def _check_method(name: str, model: nn.Module, method: str) -> None:
@@ -264,17 +228,13 @@ def _pools(look: Look, targets: Targets) -> list[tuple[Tensor, Tensor]]:
     """Collect (values, labels) of each score, of boxes that match (for consistency: of pairs)."""
     kept, again = look.kept, look.again
     moved = targets._replace(boxes=look.move(targets.boxes))
-    first = is_right(kept, targets) & (kept.scores[..., 0] > 0)
-    second = is_right(again, moved) & (again.scores[..., 0] > 0)
-    pairs = look.overlaps * (first.unsqueeze(-1) & second.unsqueeze(-2))
-    pairs = pairs * (kept.labels.unsqueeze(-1) == again.labels.unsqueeze(-2))
-    scene, box, other = pairs.nonzero(as_tuple=True)
-    labels = kept.labels[first]
-    return [
-        (kept.scores[first][:, 0], labels),
-        (kept.scores[first][:, 1], labels),
-        (pairs[scene, box, other], kept.labels[scene, box]),
-    ]
+    first = clouds.is_right(kept, targets) & (kept.scores[..., 0] > 0)
+    second = clouds.is_right(again, moved) & (again.scores[..., 0] > 0)
+    pairs = first.unsqueeze(-1) & second.unsqueeze(-2) & (look.overlaps > 0)
+    pairs &= kept.labels.unsqueeze(-1) == again.labels.unsqueeze(-2)
+    scene, box, _ = pairs.nonzero(as_tuple=True)
+    consistent = look.overlaps[pairs], kept.labels[scene, box]
+    return [*((score, kept.labels[first]) for score in kept.scores[first][:, :2].T), consistent]
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #a7730cff
 class PseudoLabeller:
@@ -290,17 +250,14 @@ class PseudoLabeller:
         thresholds: Float[Tensor, "classes 3 2"],  # to start from; `mine` learns new ones
         generator: torch.Generator | None = None,  # on the CPU: second views, permutations
         *,
-        second_view: Callable = global_view,  # (points, generator) -> (points, move boxes along)
+        second_view: Callable = clouds.global_view,  # -> scenes, and what moves boxes along
         soft: bool = True,  # weigh pseudo-boxes by confidence x objectness, not by 1
-        removal_score: float = 0.1,  # least confidence of a doubtful box
-        min_points: int = 5,  # a mined box holds more points than this
         no_middle: Sequence[int] = (),  # classes without a middle level
     ):
         _check_method("teacher", teacher, "detect")
         _check_thresholds(thresholds)
         self.teacher, self.thresholds, self.generator = teacher, thresholds, generator
-        self.second_view, self.soft, self.removal_score = second_view, soft, removal_score
-        self.min_points, self.no_middle = min_points, no_middle
+        self.second_view, self.soft, self.no_middle = second_view, soft, no_middle
         teacher.requires_grad_(False)
 
     @torch.no_grad()
@@ -312,7 +269,8 @@ class PseudoLabeller:
         again, _ = self.teacher.detect(view)
         absent = (again.scores[..., 0] == 0).unsqueeze(-2)
         overlaps = rotated_iou_bev(move(kept.boxes), again.boxes).masked_fill(absent, 0)
-        scores = torch.cat([kept.scores[..., :2], best_overlap(overlaps)[..., None]], dim=-1)
+        consistency = clouds.best_overlap(overlaps).unsqueeze(-1)
+        scores = torch.cat([kept.scores[..., :2], consistency], dim=-1)
         return Look(kept._replace(scores=scores), candidates, again, overlaps, move)
 
     def detect(self, points: Float[Tensor, "batch n channels"]) -> tuple[Detections, Detections]:
@@ -326,9 +284,8 @@ class PseudoLabeller:
         annotations: Targets | None = None,  # boxes mined in these scenes
     ) -> tuple[Targets, Float[Tensor, "batch m 7"]]:  # what is taught; doubtful boxes, others NaN
         """Look at some scenes, and return what `pseudo_targets` makes of it."""
-        known = targets_or_none(points, annotations)
-        options = (self.thresholds, self.soft, self.removal_score, self.no_middle)
-        return pseudo_targets(*self.detect(points), known, *options)
+        found = (*self.detect(points), clouds.targets_or_none(points, annotations))
+        return pseudo_targets(*found, self.thresholds, self.soft, self.no_middle)
 
     @torch.no_grad()
     def mine(
@@ -336,36 +293,33 @@ class PseudoLabeller:
         labelled: tuple[Tensor, Targets],  # points and annotations
         unlabelled: tuple[Tensor, Targets | None],  # points and what was mined in them before
         batch_size: int = 32,  # scenes looked at together
-        defaults: Sequence[float] = (0.99, 0.95, 0.93),  # of the three scores, for tiny pools
     ) -> Targets:  # the new annotations of the unlabelled scenes, weight 1
         """Learn `thresholds` from boxes that match annotations, then mine the high boxes."""
         pools, found, counts = [], [], []
         for points, targets in (labelled, unlabelled):
-            parts = (part.split(batch_size) for part in (points, *targets_or_none(points, targets)))
-            for cloud, *fields in zip(*parts, strict=True):
+            scenes = (points, *clouds.targets_or_none(points, targets))
+            for cloud, *fields in zip(*(part.split(batch_size) for part in scenes), strict=True):
                 look = self.look(cloud)
                 pools.append(_pools(look, Targets(*fields)))
                 found.append(look.kept)
-                counts.append(inside_boxes(cloud, look.kept.boxes).sum(-2))
+                counts.append(clouds.inside_boxes(cloud, look.kept.boxes).sum(-2))
         learnt = []
-        for pool, default in zip(zip(*pools, strict=True), defaults, strict=True):
+        for pool, default in zip(zip(*pools, strict=True), (0.99, 0.95, 0.93), strict=True):
             values, labels = map(torch.cat, zip(*pool, strict=True))
             own = (values[labels == label] for label in range(len(self.thresholds)))
             learnt.append([dual_threshold(part, (default, default)) for part in own])
         self.thresholds = torch.tensor(learnt).transpose(0, 1).to(self.thresholds)
-        boxes, labels, scores = (part[len(labelled[0]) :] for part in join_scenes(found, 0))
-        counts = torch.cat(counts)[len(labelled[0]) :]
-        level, _ = split_supervision(scores, labels, self.thresholds, counts, self.min_points)
+        every = (*clouds.join_scenes(found, 0), torch.cat(counts))
+        boxes, labels, scores, counts = (part[len(labelled[0]) :] for part in every)
+        level, _ = split_supervision(scores, labels, self.thresholds, counts)
         return Targets(boxes, labels, ((level == 2) & (scores[..., 0] > 0)).to(boxes))
 
 # %% ../../nbs/shuffles/03_hssda.ipynb #4687f529
 class HSSDATrainer(PseudoLabeller):
     """Semi-supervised training of a detector of boxes in point clouds.
 
-    Scenes are clouds (batch, n, 3 or more) padded with rows of NaN. The teacher must offer what
-    `PseudoLabeller` says, the student `loss(points, targets, perm) -> dict of scalars`, whose sum
-    is minimised. Weights of `targets` scale what a box teaches; 0 is no box. With a perm (batch, 4)
-    the student shuffles its input and un-shuffles the features of its backbone: targets stay.
+    Scenes are padded with rows of NaN. The student must offer `loss(points, targets, perm) -> dict
+    of scalars`. With a perm it shuffles its input and un-shuffles its features: targets stay.
     """
 
     def __init__(
@@ -380,7 +334,6 @@ class HSSDATrainer(PseudoLabeller):
         *,
         ramp: int = 2000,  # steps in which `ema` is reached
         remove: bool = True,  # delete the points of doubtful boxes
-        clip_norm: float | None = 10.0,  # largest gradient norm
         **options,  # of `PseudoLabeller`
     ):
         _check_method("student", student, "loss")
@@ -388,12 +341,12 @@ class HSSDATrainer(PseudoLabeller):
             raise ValueError("teacher must be a model of its own: copy.deepcopy(student)")
         super().__init__(teacher, thresholds, generator, **options)
         self.student, self.optimizer, self.shuffle = student, optimizer, shuffle
-        self.ema, self.ramp, self.remove, self.clip_norm = ema, ramp, remove, clip_norm
+        self.ema, self.ramp, self.remove = ema, ramp, remove
         self.steps, self.teacher_is_behind = 0, False
 
     def _descend(self, points: Tensor, targets: Targets, perm: Tensor | None) -> dict[str, Tensor]:
         losses = self.student.train().loss(points, targets, perm)
-        return descend(losses, self.student, self.optimizer, self.clip_norm)
+        return clouds.descend(losses, self.student, self.optimizer, clip_norm=10.0)
 
     def burn_in(self, batch: tuple[Tensor, Targets]) -> dict[str, Tensor]:
         """Make one supervised step. The teacher becomes the student when it is next asked."""
@@ -419,25 +372,23 @@ class HSSDATrainer(PseudoLabeller):
             points = remove_points(points, doubtful)
         perm = None
         if self.shuffle:  # labelled scenes are never modified: identity
-            drawn = random_quadrants(len(points), self.generator)
+            drawn = clouds.random_quadrants(len(points), self.generator)
             plain = torch.arange(4, device=drawn.device).expand(len(labelled[0]), 4)
             perm = torch.cat([plain, drawn])
-        losses = self._descend(*stack_scenes([labelled, (points, taught)]), perm)
+        losses = self._descend(*clouds.stack_scenes([labelled, (points, taught)]), perm)
         self.steps += 1
         ema_update(self.teacher, self.student, self.steps, self.ema, self.ramp)
         return losses
 
     PARTS = ("student", "teacher", "optimizer")
-    VALUES = ("thresholds", "steps", "teacher_is_behind")
 
     def state_dict(self) -> dict:
         """Return all that the next step depends on, except the generator."""
-        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        return parts | {name: getattr(self, name) for name in self.VALUES}
+        values = {name: vars(self)[name] for name in ("thresholds", "steps", "teacher_is_behind")}
+        return values | {name: vars(self)[name].state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a `state_dict`."""
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        for name in self.VALUES:
-            setattr(self, name, state[name])
+            vars(self)[name].load_state_dict(state[name])
+        vars(self).update({name: state[name] for name in state.keys() - self.PARTS})

@@ -6,13 +6,14 @@
 __all__ = ['X_RANGE', 'Y_RANGE', 'MANY_PAIRS', 'PAIRS_AT_ONCE', 'ALL_PAIRS', 'NEAR_PAIRS_AT_ONCE', 'AREA_OF_BITS',
            'KITTI_CLASSES', 'Targets', 'Detections', 'join_scenes', 'targets_or_none', 'to_device', 'stack_scenes',
            'inside_as_written', 'inside_boxes', 'points_in_boxes', 'remove_points', 'box_corners', 'overlap_of_pairs',
-           'circles_meet', 'rotated_iou_bev', 'best_overlap', 'nms_bev', 'transform_boxes', 'global_view', 'rasterise',
-           'bev_areas', 'as_quadrants', 'random_quadrants', 'columns_by_bits', 'pick_by_area', 'range_columns',
-           'area_moves', 'areas_of', 'one_order', 'gather_areas', 'unshuffle_bev_indices', 'BEVNetwork', 'BoxDetector',
-           'follow', 'descend', 'BoxDatabase', 'read_kitti_scene', 'read_kitti', 'World', 'place_digits', 'make_scenes',
-           'shift_and_drop', 'shifted_view', 'digit_world', 'flip_rotate_scale', 'kitti_world', 'scene_batches',
-           'is_right', 'is_found', 'overlap_with', 'hits_object', 'random_places', 'Judged', 'judge', 'best_threshold',
-           'mean_precision', 'two_means', 'box_outlines', 'draw_boxes', 'draw_points', 'show_areas', 'draw_shares',
+           'circles_meet', 'overlap_of_straight_pairs', 'rotated_iou_bev', 'best_overlap', 'nms_bev', 'transform_boxes',
+           'global_view', 'rasterise', 'bev_areas', 'as_quadrants', 'clouds_on_the_ground', 'random_quadrants',
+           'columns_by_bits', 'pick_by_area', 'range_columns', 'area_moves', 'areas_of', 'one_order', 'gather_areas',
+           'unshuffle_bev_indices', 'BEVNetwork', 'BoxDetector', 'follow', 'descend', 'BoxDatabase', 'read_kitti_scene',
+           'read_kitti', 'World', 'place_digits', 'make_scenes', 'shift_and_drop', 'shifted_view', 'digit_world',
+           'flip_rotate_scale', 'kitti_world', 'scene_batches', 'is_right', 'is_found', 'overlap_with', 'hits_object',
+           'share_on_objects', 'share_inside', 'random_places', 'Judged', 'judge', 'best_threshold', 'mean_precision',
+           'two_means', 'box_outlines', 'draw_boxes', 'draw_points', 'show_areas', 'draw_shares', 'show_shares',
            'draw_taught']
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #80de636b
@@ -242,6 +243,15 @@ def circles_meet(a: Tensor, b: Tensor) -> Tensor:
     return 4 * distance < diagonals.square_()
 
 
+def overlap_of_straight_pairs(a: Tensor, b: Tensor) -> Tensor:
+    """Return the same as `overlap_of_pairs` for boxes of heading 0: they share a rectangle."""
+    size_a, size_b = a[..., 3:5], b[..., 3:5]
+    reach = (size_a + size_b) / 2 - (a[..., :2] - b[..., :2]).abs()
+    shared = reach.minimum(torch.minimum(size_a, size_b)).clamp_(min=0).prod(-1)
+    union = size_a.prod(-1) + size_b.prod(-1) - shared
+    return torch.where(union > 0, shared / union, 0)
+
+
 ALL_PAIRS, NEAR_PAIRS_AT_ONCE = 2500, 2**13  # on a CPU
 
 
@@ -258,14 +268,17 @@ def rotated_iou_bev(
     precise = torch.promote_types(torch.promote_types(boxes_a.dtype, boxes_b.dtype), torch.float32)
     a, b = boxes_a.to(precise).unsqueeze(-2), boxes_b.to(precise).unsqueeze(-3)
     batch = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
-    if prod(batch) <= ALL_PAIRS or not may_look(a):
-        return overlap_of_pairs(a, b)
+    may_choose = may_look(a) and may_look(b)
+    straight = may_choose and not (a[..., 6].any() or b[..., 6].any())
+    formula = overlap_of_straight_pairs if straight else overlap_of_pairs
+    if not may_choose or prod(batch) <= (MANY_PAIRS if straight else ALL_PAIRS):
+        return formula(a, b)
     near = circles_meet(a, b)
     overlaps, (n, m) = a.new_zeros(batch), batch[-2:]
     a, b = a.expand(*batch[:-1], 1, 7).flatten(0, -2), b.expand(*batch[:-2], 1, m, 7).flatten(0, -2)
     for pairs in near.flatten().nonzero()[:, 0].split(NEAR_PAIRS_AT_ONCE):
         first, second = pairs // m, pairs // (n * m) * m + pairs % m
-        overlaps.view(-1)[pairs] = overlap_of_pairs(a[first], b[second])
+        overlaps.view(-1)[pairs] = formula(a[first], b[second])
     return overlaps
 
 
@@ -392,6 +405,15 @@ def as_quadrants(perm: Tensor | Sequence) -> Tensor:
         if any(sorted(row) != [0, 1, 2, 3] for row in rows):
             raise ValueError(f"perm must be a permutation of 0..3, got {perm.tolist()}")
     return perm.long()
+
+
+def clouds_on_the_ground(
+    scenes: int, count: int, generator: torch.Generator | None = None
+) -> Float[Tensor, "scenes count 4"]:
+    """Draw clouds of so many points, uniform on KITTI's ground and 4 m high."""
+    low = torch.tensor([X_RANGE[0], Y_RANGE[0], -3, 0])
+    high = torch.tensor([X_RANGE[1], Y_RANGE[1], 1, 1])
+    return low + (high - low) * torch.rand(scenes, count, 4, generator=generator)
 
 
 def random_quadrants(
@@ -991,7 +1013,8 @@ def digit_world(seed: int, num_labelled: int) -> World:
         labels = torch.arange(5).repeat_interleave(torch.tensor([len(part) for part in share]))
         scenes.append(make_scenes(torch.cat(share), labels, count, generator))
     whole = (0.0, 48.0)
-    detector = dict(anchors=[[0, 8, 8, 1]] * 3, size=(48, 48), x_range=whole, y_range=whole)
+    detector = dict(anchors=[[0, 8, 8, 1]] * 3, size=(48, 48), width=16)
+    detector |= dict(x_range=whole, y_range=whole)
     return World(*scenes, ("0", "1", "4"), detector, shift_and_drop, shifted_view)
 
 # %% ../../nbs/shuffles/00_point_clouds.ipynb #a667644d
@@ -1026,7 +1049,7 @@ def scene_batches(
     world: World,  # how a scene may be changed
     size: int,  # scenes a batch; all of them if there are fewer
     seed: int,
-    device: torch.device | str,
+    device: torch.device | str | None = None,  # None: where the scenes are
 ) -> Callable:  # (step, generator) -> (points, targets): changed at random, on the device
     """Draw mini-batches of scenes."""
     from shuffle_nb.foundations.training import MiniBatches
@@ -1036,7 +1059,8 @@ def scene_batches(
 
     def batch(step: int, generator: torch.Generator | None) -> tuple[Tensor, Targets]:
         cloud, *fields = draw(step)
-        return to_device(world.augment(cloud, Targets(*fields), generator), device)
+        changed = world.augment(cloud, Targets(*fields), generator)
+        return to_device(changed, device or points.device)
 
     return batch
 
@@ -1068,6 +1092,19 @@ def overlap_with(boxes: Float[Tensor, "batch n 7"], targets: Targets) -> Float[T
 def hits_object(boxes: Float[Tensor, "batch n 7"], truth: Targets) -> Bool[Tensor, "batch n"]:
     """Tell which boxes overlap a true object of any class by one half or more."""
     return overlap_with(boxes, truth) >= 0.5
+
+
+def share_on_objects(boxes: Float[Tensor, "batch n 7"], truth: Targets) -> Float[Tensor, ""]:
+    """Return how many of the boxes (rows of NaN are none) overlap an object by one half or more."""
+    return hits_object(boxes, truth)[~boxes.isnan().any(-1)].float().mean()
+
+
+def share_inside(
+    points: Float[Tensor, "batch n channels"], boxes: Float[Tensor, "batch m 7"]
+) -> Float[Tensor, ""]:
+    """Return which share of the points (rows of NaN are none) lies in any of the boxes."""
+    present = ~points.isnan().any(-1)
+    return inside_boxes(points, boxes).any(-1).sum() / present.sum()
 
 
 def random_places(
@@ -1174,12 +1211,15 @@ def box_outlines(
     return torch.stack([x + boxes[:, 0], y + boxes[:, 1]], dim=-1).transpose(0, 1)
 
 
-def draw_boxes(axis, boxes: Tensor, colour: str, style: str = "-") -> None:
-    """Draw boxes seen from above; rows of NaN are none."""
+def draw_boxes(axis, boxes: Tensor, colour: str, style: str = "-", label: str = "") -> None:
+    """Draw boxes seen from above, a word over each; rows of NaN are none."""
     from matplotlib.patches import Polygon
 
     for outline in box_outlines(boxes):
         axis.add_patch(Polygon(outline.numpy(), fill=False, ec=colour, lw=1.5, ls=style))
+        if label:
+            corner = outline[:, 0].min(), outline[:, 1].max()
+            axis.annotate(label, corner, (0, 2), textcoords="offset points", color=colour)
 
 
 def draw_points(axis, points: Tensor, world: World, colour: str | None = None) -> None:
@@ -1220,6 +1260,24 @@ def draw_shares(axis, shares: dict, ylabel: str, palette=None, fontsize: float =
     names = [fill(name, 10) for name in shares]
     axis.set_xticks(range(len(shares)), names, fontsize=fontsize)
     axis.set(ylim=(0, 1.04))
+
+
+def show_shares(
+    shares: dict,  # name -> one value a seed
+    ylabel: str,
+    title: str,
+    palette=None,
+    foots: Sequence[str] = (),  # what is written at the foot of each bar
+) -> None:
+    """Show a figure of shares as bars from 0 to 1."""
+    from shuffle_nb.foundations import figures
+
+    figure, axis = figures.subplots(figsize=(6.8, 3.0))
+    draw_shares(axis, shares, ylabel, palette)
+    for place, foot in enumerate(foots):
+        axis.text(place, 0.04, foot, ha="center", fontsize=8)
+    axis.set_title(title)
+    figures.show(figure)
 
 
 def draw_taught(

@@ -3,14 +3,8 @@
 import torch
 from device_check import Core
 
-from shuffle_nb.shuffles.hssda import (
-    X_RANGE,
-    Y_RANGE,
-    BEVDetector,
-    rotated_iou_bev,
-    shuffle_bev_points,
-)
-from shuffle_nb.shuffles.point_clouds import rasterise
+from shuffle_nb.shuffles.hssda import BEVDetector, rotated_iou_bev, shuffle_bev_points
+from shuffle_nb.shuffles.point_clouds import X_RANGE, Y_RANGE, rasterise
 
 ANCHORS = [[-0.6, 0.8, 0.6, 1.7], [-0.6, 1.8, 0.6, 1.7], [-1.0, 3.9, 1.6, 1.6]]
 

@@ -25,12 +25,9 @@ from shuffle_nb.shuffles.hssda import (
     dual_threshold,
     ema_keep,
     ema_update,
-    global_view,
-    inside_boxes,
     move_areas,
     points_in_boxes,
     pseudo_targets,
-    random_quadrants,
     remove_points,
     rotated_iou_bev,
     seam,
@@ -38,11 +35,17 @@ from shuffle_nb.shuffles.hssda import (
     shuffle_bev_points,
     split_supervision,
     transform_boxes,
-    two_means,
     unshuffle_bev_indices,
     unshuffle_bev_map,
 )
-from shuffle_nb.shuffles.point_clouds import nms_bev, rasterise
+from shuffle_nb.shuffles.point_clouds import (
+    global_view,
+    inside_boxes,
+    nms_bev,
+    random_quadrants,
+    rasterise,
+    two_means,
+)
 
 PERMS = st.permutations(range(4))
 SEEDS = st.integers(0, 10_000)

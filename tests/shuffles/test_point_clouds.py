@@ -49,6 +49,8 @@ from shuffle_nb.shuffles.point_clouds import (
     remove_points,
     rotated_iou_bev,
     scene_batches,
+    share_inside,
+    share_on_objects,
     targets_or_none,
     to_device,
     transform_boxes,
@@ -341,6 +343,22 @@ def test_overlaps_of_many_boxes_need_little_memory():
     assert peak_memory(rotated_iou_bev, boxes, boxes) < 10e6
 
 
+@pytest.mark.parametrize("count", [12, 130])
+def test_boxes_without_heading_overlap_by_the_same_formula(count):
+    a, b = random_boxes(count, 1, 6.0), random_boxes(90, 2, 6.0)
+    a[:, 6], b[:, 6] = 0, 0
+    overlaps = rotated_iou_bev(a, b)
+    assert torch.allclose(overlaps, overlap_of_pairs(a[:, None], b), atol=1e-12)
+    assert ((overlaps > 0) & (overlaps < 1)).any()
+    touching = torch.tensor([[0.1, 0, 0, 0.3, 1, 1, 0], [0.4, 0, 0, 0.3, 1, 1, 0]])
+    assert rotated_iou_bev(touching, touching).tolist() == [[1, 0], [0, 1]]
+    empty = torch.zeros(1, 7)
+    assert rotated_iou_bev(empty, empty) == 0
+    lost = torch.full((1, 7), torch.nan)
+    lost[:, 6] = 0
+    assert rotated_iou_bev(lost, touching).tolist() == [[0, 0]]
+
+
 def test_a_box_of_nan_overlaps_nothing():
     boxes = random_boxes(60, 3).float()
     boxes[::2] = torch.nan
@@ -594,6 +612,15 @@ def test_right_found_and_hit_by_hand():
     absent = found.boxes.index_fill(1, torch.tensor([1]), torch.nan)
     overlaps = point_clouds.overlap_with(absent, truth)[0]
     assert overlaps.tolist() == pytest.approx([1, 0, 0, 1 / 7])  # by weight 0 and NaN: none
+    assert share_on_objects(swapped.boxes, truth) == 0.5
+    assert share_on_objects(absent, truth).item() == pytest.approx(1 / 3)
+
+
+def test_share_of_points_in_boxes():
+    box = torch.tensor([[[0.0, 0, 0, 2, 2, 2, 0], [0.5, 0, 0, 2, 2, 2, 0]]])
+    points = torch.tensor([[[0.0, 0, 0, 1], [1.4, 0, 0, 1], [5, 0, 0, 1], [torch.nan] * 4]])
+    assert share_inside(points, box).item() == pytest.approx(2 / 3)
+    assert share_inside(points, box.fill_(torch.nan)) == 0
 
 
 def test_judging_counts_points_and_leaves_out_what_is_unlikely():
