@@ -9,7 +9,8 @@ __all__ = ['SHIPPED', 'BASE_FILE', 'BASE_SHA256', 'digit_images', 'edm_coefficie
            'sample_stochastic', 'learning_rate', 'train_tiny_edm', 'digit_classifier', 'digit_features',
            'frechet_distance', 'frechet_floor', 'cosine_levels', 'table_levels', 'scaled_linear_schedule', 'diffuse',
            'predict_image', 'noise_loss', 'ddim_step', 'ddim_coefficients', 'draw_like', 'guided', 'released_table',
-           'extend_input_layer', 'id_retrieval', 'Recogniser', 'ResidualMLP', 'TinyDiTBlock', 'TinyDiT',
+           'extend_input_layer', 'id_retrieval', 'Recogniser', 'ResidualMLP', 'train_recogniser', 'ink_attributes',
+           'require_mask', 'turns', 'bent_grid', 'tps_warp_mask', 'random_offsets', 'TinyDiTBlock', 'TinyDiT',
            'train_tiny_dit', 'load_tiny_dit', 'sample_ddim', 'save_weights', 'make_weights', 'make_base_weights']
 
 # %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #f24635f3
@@ -990,6 +991,126 @@ class ResidualMLP(nn.Module):
         for cond, block in zip(self.cond, self.blocks, strict=True):
             state = state + block(state + cond(c))
         return self.leave(state).view(-1, 1, 8, 8)
+
+# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #0c1e9201
+def train_recogniser(
+    images: Float[Tensor, "n channels height width"],
+    labels: Int[Tensor, " n"],
+    shown: Callable,  # what the network sees of a batch, drawn anew in each step
+    steps: int = 300,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+) -> Recogniser:  # frozen
+    """Train by the cosines of features and classes; the caller's random stream is untouched."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = Recogniser(images[0].numel(), int(labels.max()) + 1)
+
+    def loss(network, x, labels):
+        scores = 10 * network(shown(x)) @ F.normalize(network.classes.weight).T
+        return F.cross_entropy(scores, labels)
+
+    batches = MiniBatches(images, labels, batch_size=128, seed=seed)
+    options = dict(lr=3e-3, schedule="one-cycle", seed=seed, device=device, label="recogniser")
+    fit(network, loss, batches, steps=steps, **options)
+    return network.eval().requires_grad_(False)
+
+
+def ink_attributes(
+    x: Float[Tensor, "batch channels height width"],  # in [-1, 1], ink is 1
+) -> Float[Tensor, "batch 4"]:
+    """Say how a digit is written: place of the ink (x, y), its mean, its mean darkness."""
+    ink = (x.mean(1) + 1) / 2
+    height, width = (torch.linspace(-1, 1, size, device=x.device) for size in ink.shape[1:])
+    mass = ink.sum((1, 2)) + 1e-6
+    place = [(ink.sum(axis) * side).sum(1) / mass for axis, side in ((1, width), (2, height))]
+    return torch.stack([*place, ink.mean((1, 2)), ink.square().sum((1, 2)) / mass], 1)
+
+# %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #e56ff0ce
+def require_mask(
+    x: Tensor,  # pictures (batch, channels, height, width)
+    **masks: Tensor | None,  # argument -> its value; None: not given
+) -> None:
+    """Raise ValueError for the first that is no mask (batch, 1, height, width) in [0, 1] for x."""
+    require_shape("batch", "channels", "height", "width", x=x)
+    require_shape(len(x), 1, *x.shape[2:], **masks)
+    for name, mask in masks.items():
+        if mask is not None and not mask.is_floating_point():
+            raise ValueError(f"{name} must hold floating-point numbers, got {mask.dtype}")
+    require_probability(**masks)
+
+
+def turns(
+    angle: Float[Tensor, " batch"],  # uniform numbers
+    mirror: Float[Tensor, " batch"] | None,  # uniform numbers; None: never
+    degrees: float,  # turn by up to this
+    aspect: float = 1.0,  # height / width: a pixel is a pixel both ways
+) -> Float[Tensor, "batch 2 2"]:
+    """Return maps of coordinates in [-1, 1] that rotate, and mirror half of the pictures."""
+    angle = torch.deg2rad((2 * angle - 1) * degrees)
+    cos, sin = angle.cos(), angle.sin()
+    sign = torch.ones_like(cos) if mirror is None else torch.where(mirror < 0.5, -1.0, 1.0)
+    rows = (sign * cos, -sign * sin * aspect, sin / aspect, cos)
+    return torch.stack(rows, dim=-1).unflatten(-1, (2, 2))
+
+
+def _bump(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the thin-plate spline that is 1 in the middle and 0 at the eight points around.
+
+    By symmetry corners share a weight, and so do the middles of the edges: two equations are left.
+    """
+    two, five = 8 * math.log(2), 10 * math.log(5)
+    cross = five - two
+    scale = 4.5 * two**2 - cross**2
+    corner, edge = (cross - 1.5 * two) / scale, (cross - 3 * two) / scale
+    middle = -4 * (corner + edge)
+    weights = [[corner, edge, corner], [edge, middle, edge], [corner, edge, corner]]
+    knots = torch.arange(-1, 2).to(rows)
+    to_rows, to_columns = (rows[:, None] - knots).square(), (columns[:, None] - knots).square()
+    squares = to_rows[:, None, :, None] + to_columns[:, None]
+    terms = torch.xlogy(squares, squares) * rows.new_tensor(weights)
+    return terms.sum((2, 3)) + (1 - two * corner)
+
+
+def bent_grid(
+    turn: Float[Tensor, "#batch 2 2"],  # R, of `turns`; one may serve all
+    offset: Float[Tensor, "batch 2"] | None,  # o = (dx, dy) of the middle; None: not bent
+    height: int,
+    width: int,
+) -> Float[Tensor, "batch height width 2"]:
+    """Return the places R (p - bump(p) o) to read the pixels p from, for `grid_sample`.
+
+    Without matrix products, which autocast would round: half precision misses the pixel.
+    """
+    like = dict(device=turn.device, dtype=turn.dtype)
+    rows, columns = (torch.linspace(-1, 1, size, **like) for size in (height, width))
+    along, down = turn[:, None, None].unbind(-1)
+    grid = along * columns[:, None] + down * rows[:, None, None]
+    if offset is None:
+        return grid
+    moved = (turn * offset[:, None].to(turn.dtype)).sum(-1)[:, None, None]
+    return torch.addcmul(grid, _bump(rows, columns)[..., None], moved, value=-1)
+
+
+def tps_warp_mask(
+    m: Float[Tensor, "batch 1 height width"],
+    offset: Float[Tensor, "batch 2"],  # (dx, dy) of the middle, 2 = the whole picture
+) -> Float[Tensor, "batch 1 height width"]:
+    """Bend masks by a thin-plate spline whose middle point moves by +offset; 8 points stay."""
+    require_mask(m, m=m)
+    require_shape(len(m), 2, offset=offset)
+    still = torch.eye(2, device=m.device, dtype=m.dtype)[None]
+    grid = bent_grid(still, offset, *m.shape[2:])
+    bent = F.grid_sample(m, grid, padding_mode="border", align_corners=True)
+    return bent.clamp(0, 1)  # the four weights of an interpolation may sum to 1 + 1e-7
+
+
+def random_offsets(
+    m: Float[Tensor, "batch 1 height width"], generator: torch.Generator | None = None
+) -> Float[Tensor, "batch 2"]:
+    """Draw offsets for `tps_warp_mask`: (U - 1/2) s with s ~ U(1/2, 1), one s a mask."""
+    u = draw_like(torch.rand, (len(m), 3), m, generator)
+    return (u[:, :2] - 0.5) * (0.5 + 0.5 * u[:, 2:])
 
 # %% ../../nbs/diffusion/00_tiny_diffusion.ipynb #1d178e73
 class TinyDiTBlock(nn.Module):

@@ -22,6 +22,7 @@ from shuffle_nb.diffusion.tiny_diffusion import (
     TinyDiTBlock,
     TinyUNet,
     UNetBlock,
+    bent_grid,
     cosine_levels,
     ddim_step,
     diffuse,
@@ -35,6 +36,7 @@ from shuffle_nb.diffusion.tiny_diffusion import (
     frechet_distance,
     frechet_floor,
     group_norm,
+    ink_attributes,
     learning_rate,
     load_tiny_dit,
     load_tiny_edm,
@@ -44,6 +46,7 @@ from shuffle_nb.diffusion.tiny_diffusion import (
     noise_images,
     noise_loss,
     predict_image,
+    require_mask,
     sample_ddim,
     sample_euler,
     sample_heun,
@@ -51,8 +54,10 @@ from shuffle_nb.diffusion.tiny_diffusion import (
     save_weights,
     scaled_linear_schedule,
     table_levels,
+    train_recogniser,
     train_tiny_dit,
     train_tiny_edm,
+    turns,
     unet_entries,
     waves,
 )
@@ -1089,6 +1094,51 @@ def test_weights_of_the_transformer_are_never_overwritten(tmp_path, monkeypatch)
         make_base_weights(torch.zeros(50, 1, 8, 8), file)
     assert file.read_text() == "mine"
     assert len(make_base_weights(torch.zeros(50, 1, 8, 8), tmp_path / "new.safetensors")) == 64
+
+
+# ---------------------------------------------------------------- masks, bends, a recogniser
+
+
+def test_a_grid_that_is_neither_turned_nor_bent_reads_every_pixel_where_it_is():
+    x = torch.rand(2, 1, 5, 7, dtype=torch.float64)
+    still = turns(torch.full((2,), 0.5), None, 30.0, 5 / 7).double()
+    for offset in (None, torch.zeros(2, 2)):
+        grid = bent_grid(still, offset, 5, 7)
+        torch.testing.assert_close(F.grid_sample(x, grid, align_corners=True), x)
+    mirrored = turns(torch.full((2,), 0.5), torch.tensor([0.4, 0.6]), 30.0)
+    assert torch.equal(mirrored, torch.stack([torch.diag(torch.tensor([-1.0, 1])), torch.eye(2)]))
+
+
+def test_a_recogniser_learns_repeatably_and_leaves_the_global_stream_alone():
+    data = digits(0)
+    state = torch.get_rng_state()
+    given = (data.train_images[:256], data.train_labels[:256], nn.Identity(), 60)
+    one, two = (train_recogniser(*given, seed=3, device="cpu") for _ in range(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(one(data.test_images), two(data.test_images))
+    assert not any(weight.requires_grad for weight in one.parameters()) and not one.training
+    found = one(data.test_images) @ F.normalize(one.classes.weight).T
+    assert (found.argmax(1) == data.test_labels).float().mean() > 0.7
+
+
+def test_attributes_say_where_the_ink_is_and_how_much():
+    x = torch.full((1, 1, 5, 5), -1.0)
+    x[..., 0, 4] = 1  # one black pixel, top right
+    expected = torch.tensor([[1.0, -1.0, 1 / 25, 1.0]])
+    torch.testing.assert_close(ink_attributes(x), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"m": torch.ones(2, 1, 4, 5)}, r"m must be \(2, 1, 4, 4\), got shape"),
+        ({"m": torch.ones(2, 1, 4, 4).bool()}, "m must hold floating-point numbers, got torch.b"),
+        ({"m": None, "hole": torch.full((2, 1, 4, 4), 2.0)}, r"hole must be in \[0, 1\], got 2"),
+    ],
+)
+def test_what_is_no_mask_is_told(masks, message):
+    with pytest.raises(ValueError, match=message):
+        require_mask(torch.ones(2, 3, 4, 4), **masks)
 
 
 # ---------------------------------------------------------------- the authors' own numbers

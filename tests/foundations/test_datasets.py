@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets as hub
 import numpy as np
@@ -13,6 +14,7 @@ from shuffle_nb.foundations import datasets
 from shuffle_nb.foundations.datasets import (
     digits,
     faces,
+    lfw_people,
     load_images,
     load_text,
     package_docstrings,
@@ -70,6 +72,23 @@ def test_bundled_pictures():
     assert faces().shape == (100, 1, 25, 25)
     for pictures in (photographs(32), textures(16), faces()):
         assert pictures.min() >= 0 and pictures.max() <= 1 and pictures.std() > 0.05
+
+
+def test_people_are_split_by_the_seed(monkeypatch):
+    count = 407
+
+    def fetch(min_faces_per_person, color, slice_):
+        assert color and min_faces_per_person == 20
+        pictures = np.full((count, 64, 64, 3), 255, dtype=np.float32)
+        pictures[:, 0, 0, 0] = np.arange(count) % 250
+        return SimpleNamespace(images=pictures, target=np.arange(count) % 3)
+
+    monkeypatch.setattr("sklearn.datasets.fetch_lfw_people", fetch)
+    data, again = lfw_people(1), lfw_people(1)
+    assert data.train_images.shape == (7, 3, 64, 64) and len(data.test_labels) == 400
+    assert data.num_classes == 3 and data.train_images.max() == 1
+    assert torch.equal(data.test_images, again.test_images)
+    assert not torch.equal(data.test_images, lfw_people(2).test_images)
 
 
 def test_docstrings_are_read_without_importing_the_package():
