@@ -17,21 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shuffle_nb.foundations.arguments import (
-    require_at_least_one,
-    require_one_of,
-    require_positive,
-)
-from shuffle_nb.mobile.mobile_blocks import (
-    Maps,
-    conv_norm,
-    initialise_by_fan_out,
-    is_channels_last,
-    plane_mean,
-    rename_by_order,
-    require_maps,
-    rounded_channels,
-)
+from ..foundations.arguments import require_at_least_one, require_one_of, require_positive
+from . import mobile_blocks as blocks
+from .mobile_blocks import Maps, conv_norm, plane_mean, require_maps
 
 # %% ../../nbs/mobile/02_coordinate_attention.ipynb #34e66279
 Gates: TypeAlias = tuple[  # one number a row, one number a column
@@ -55,7 +43,7 @@ def gates_as_written(
     module: nn.Module,  # a CoordinateAttention
     x: Maps,
 ) -> Gates:
-    """Steps 1 to 3 with pooling layers and convolutions, line by line as in the paper."""
+    """Steps 1 to 3 with pooling layers and convolutions, line by line."""
     z_h, z_w = F.adaptive_avg_pool2d(x, (None, 1)), F.adaptive_avg_pool2d(x, (1, None))
     z = torch.cat([z_h, z_w.mT], dim=2)  # (N, C, H + W, 1)
     f = ACTIVATIONS[module.activation](module.norm(module.squeeze(z)))
@@ -77,14 +65,14 @@ class GatedMap(torch.autograd.Function):
         """Return the gradients of all three."""
         x, g_h, g_w = ctx.saved_tensors
         product = gradient * x
-        if is_channels_last(product):
+        if blocks.is_channels_last(product):
             rows = (product * g_w).sum(3, keepdim=True)
             columns = (product * g_h).sum(2, keepdim=True)
         else:
             rows, columns = product @ g_w.mT, g_h.mT @ product
         if torch.is_grad_enabled():  # somebody wants gradients of gradients
             return gradient * g_h * g_w, rows, columns
-        return torch.mul(gradient, g_h, out=product).mul_(g_w), rows, columns
+        return torch.mul(g_h, g_w, out=product).mul_(gradient), rows, columns
 
 # %% ../../nbs/mobile/02_coordinate_attention.ipynb #d3cc7e7d
 FEW = 2**15  # numbers in a map from which the fast path pays
@@ -113,7 +101,7 @@ def fast_gates(module: nn.Module, x: Maps) -> Gates:
     f_h, f_w = f.split([x.shape[2], x.shape[3]], dim=1)
     g_h = pointwise(module.row_gate, f_h).sigmoid().mT.unsqueeze(3)
     g_w = pointwise(module.column_gate, f_w).sigmoid().mT.unsqueeze(2)
-    order = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    order = torch.channels_last if blocks.is_channels_last(x) else torch.contiguous_format
     return g_h.contiguous(memory_format=order), g_w.contiguous(memory_format=order)
 
 
@@ -134,7 +122,7 @@ class CoordinateAttention(nn.Module):
         channels: int,  # C, of input and output
         reduction: int = 32,  # r: the bottleneck has C // r channels …
         min_channels: int = 8,  # … but not fewer than this
-        mode: str = "hw",  # which gates multiply x: "hw" both, "h" rows only, "w" columns only
+        mode: str = "hw",  # gates in use: both, "h" rows only, "w" columns only
         activation: str = "hard_swish",  # inside the bottleneck; or "silu", "relu6"
     ):
         super().__init__()
@@ -155,10 +143,9 @@ class CoordinateAttention(nn.Module):
 
     def forward(self, x: Maps) -> Maps:
         g_h, g_w = self.gates(x)
-        return gated(x, g_h, g_w) if self.mode == "hw" else x * (g_h if self.mode == "h" else g_w)
-
-    def extra_repr(self) -> str:
-        return f"{self.channels}, mode={self.mode!r}, activation={self.activation!r}"
+        if self.mode == "hw":
+            return gated(x, g_h, g_w)
+        return x * (g_h if self.mode == "h" else g_w)
 
 # %% ../../nbs/mobile/02_coordinate_attention.ipynb #edff8b2d
 class SqueezeExcitation(nn.Module):
@@ -208,7 +195,7 @@ ATTENTIONS = ("ca", "se", "cbam", "none")
 
 
 def attention_by_name(name: str, channels: int, reduction: int) -> nn.Module:
-    """Make an attention by name; SE and CBAM reduce less than CA, to come out at the same size."""
+    """Make an attention by name; SE and CBAM reduce less, to come out at the size of CA."""
     require_one_of(ATTENTIONS, attention=name)
     require_at_least_one(reduction=reduction)
     if name == "none":
@@ -220,7 +207,7 @@ def attention_by_name(name: str, channels: int, reduction: int) -> nn.Module:
 
 # %% ../../nbs/mobile/02_coordinate_attention.ipynb #b6c21082
 class InvertedResidualCA(nn.Module):
-    """Widen, filter each channel in space, attend, project back: the block of MobileNetV2."""
+    """The block of MobileNetV2: widen, filter each channel, attend, project back."""
 
     def __init__(
         self,
@@ -268,7 +255,7 @@ class MobileNetV2CA(nn.Module):
         super().__init__()
         require_positive(width=width)
         require_at_least_one(num_classes=num_classes, in_channels=in_channels)
-        rounded = partial(rounded_channels, divisor=4 if width == 0.1 else 8)
+        rounded = partial(blocks.rounded_channels, divisor=4 if width == 0.1 else 8)
         channels = rounded(32 * width)
         layers = conv_norm(in_channels, channels, 3, nn.ReLU6(inplace=True), stride=2)
         for expand, base, repeats, first_stride in STAGES:
@@ -280,7 +267,7 @@ class MobileNetV2CA(nn.Module):
         self.in_channels = in_channels
         self.features = nn.Sequential(*layers, *conv_norm(channels, head, 1, nn.ReLU6(True)))
         self.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(head, num_classes))
-        self.apply(initialise_by_fan_out)
+        self.apply(blocks.initialise_by_fan_out)
 
     def forward(self, x: Maps) -> Float[Tensor, "batch num_classes"]:
         require_maps(x, self.in_channels)
@@ -309,4 +296,4 @@ def from_official_state_dict(
 
     Raises ValueError if `sd` is neither, or if a shape is not the one that its place needs.
     """
-    return rename_by_order(sd, _skeleton_for)
+    return blocks.rename_by_order(sd, _skeleton_for)
