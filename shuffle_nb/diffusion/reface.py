@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['FACE_IDS', 'MASK_TYPES', 'OFFICIAL_NAMES', 'inpaint_input', 'MaskFamily', 'make_reference', 'mix_conditions',
            'ConditionMixer', 'ddim_chain', 'identity_loss', 'noise_loss', 'perceptual_loss', 'reface_loss', 'swap',
-           'face_mask', 'tps_warp_mask', 'random_offsets', 'OneTokenMapper', 'load_reface_weights', 'ddim_coefficients',
-           'extend_input_layer', 'guided', 'id_retrieval', 'released_table']
+           'face_mask', 'OneTokenMapper', 'load_reface_weights', 'ddim_coefficients', 'ddim_step', 'extend_input_layer',
+           'guided', 'id_retrieval', 'random_offsets', 'released_table', 'tps_warp_mask']
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-003
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -27,16 +26,13 @@ from shuffle_nb.diffusion.tiny_diffusion import (  # noqa: F401  (some are hande
     extend_input_layer,
     guided,
     id_retrieval,
+    random_offsets,
     released_table,
-    table_levels,
+    require_mask,
+    tps_warp_mask,
 )
-from shuffle_nb.foundations.arguments import (
-    drawing_device,
-    require_at_least_one,
-    require_between,
-    require_probability,
-    require_shape,
-)
+from ..foundations import arguments
+from ..foundations.training import load_exactly
 
 # %% ../../nbs/diffusion/05_reface.ipynb #a8499da8
 def inpaint_input(
@@ -45,25 +41,17 @@ def inpaint_input(
     m: Float[Tensor, "batch 1 height width"],  # mask, 1 = keep; averaged down to h x w
 ) -> Float[Tensor, "batch channels h w"]:  # 2 * latent + 1 channels
     """Stack noisy latent, masked picture and mask along the channels."""
-    require_shape(*z_t.shape, x_masked=x_masked)
-    require_shape(z_t.shape[0], 1, "height", "width", m=m)
-    _check_mask(m, m)
+    arguments.require_shape(*z_t.shape, x_masked=x_masked)
+    arguments.require_shape(len(z_t), 1, "height", "width", m=m)
+    require_mask(m, m=m)
     if m.shape[2:] != z_t.shape[2:]:
         m = F.adaptive_avg_pool2d(m, z_t.shape[2:])
     return torch.cat([z_t, x_masked, m.to(z_t.dtype)], dim=1)
 
 # %% ../../nbs/diffusion/05_reface.ipynb #fe06b25f
 # The set-up holds these; they belong to this paper all the same.
-_all_ = ["ddim_coefficients", "extend_input_layer", "guided", "id_retrieval", "released_table"]
-
-
-def _check_mask(m: Tensor, x: Tensor, name: str = "m") -> None:
-    """Raise ValueError unless `m` is a mask (batch, 1, height, width) in [0, 1] for `x`."""
-    require_shape("batch", "channels", "height", "width", x=x)
-    require_shape(x.shape[0], 1, *x.shape[2:], **{name: m})
-    if not m.is_floating_point():
-        raise ValueError(f"{name} must hold floating-point numbers, got {m.dtype}")
-    require_probability(**{name: m})
+_all_ = ["ddim_coefficients", "ddim_step", "extend_input_layer", "guided", "id_retrieval",
+         "random_offsets", "released_table", "tps_warp_mask"]  # fmt: skip
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-010
 class MaskFamily(nn.Module):
@@ -75,9 +63,9 @@ class MaskFamily(nn.Module):
         probs: Sequence[float] | Float[Tensor, " types"] | None = None,  # None: all equal
     ):
         super().__init__()
-        require_shape("types", 1, "height", "width", masks=masks)
-        require_at_least_one(types=len(masks))
-        _check_mask(masks, masks, "masks")
+        arguments.require_shape("types", 1, "height", "width", masks=masks)
+        arguments.require_at_least_one(types=len(masks))
+        require_mask(masks, masks=masks)
         shares = torch.ones(len(masks)) if probs is None else torch.as_tensor(probs).float()
         if shares.shape != (len(masks),) or not (shares >= 0).all() or not shares.sum() > 0:
             raise ValueError(f"probs must be {len(masks)} numbers >= 0, not all 0, got {probs}")
@@ -90,54 +78,12 @@ class MaskFamily(nn.Module):
         generator: torch.Generator | None = None,  # on any device
     ) -> tuple[Float[Tensor, "n 1 height width"], Int[Tensor, " n"]]:  # masks, their types
         """Draw a mask type for each of `n` pictures, independently."""
-        where = drawing_device(generator, self.probs.device)
+        where = arguments.drawing_device(generator, self.probs.device)
         index = torch.multinomial(self.probs.to(where), n, replacement=True, generator=generator)
         index = index.to(self.probs.device)
         return self.masks[index], index
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-013
-def _turns(angle: Tensor, mirror: Tensor | None, degrees: float, aspect: float) -> Tensor:
-    """Return (batch, 2, 2) maps of normalised coordinates: rotate, and mirror half of them."""
-    angle = torch.deg2rad((2 * angle - 1) * degrees)
-    cos, sin = angle.cos(), angle.sin()
-    sign = torch.ones_like(cos) if mirror is None else torch.where(mirror < 0.5, -1.0, 1.0)
-    rows = (sign * cos, -sign * sin * aspect, sin / aspect, cos)  # a pixel is a pixel both ways
-    return torch.stack(rows, dim=-1).unflatten(-1, (2, 2))
-
-
-def _bump(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the thin-plate spline that is 1 in the middle and 0 at the eight points around.
-
-    By symmetry corners share a weight, and so do the middles of the edges: two equations are left.
-    """
-    two, five = 8 * math.log(2), 10 * math.log(5)
-    cross = five - two
-    scale = 4.5 * two**2 - cross**2
-    corner, edge = (cross - 1.5 * two) / scale, (cross - 3 * two) / scale
-    middle = -4 * (corner + edge)
-    weights = [[corner, edge, corner], [edge, middle, edge], [corner, edge, corner]]
-    knots = torch.arange(-1, 2).to(rows)
-    to_rows, to_columns = (rows[:, None] - knots).square(), (columns[:, None] - knots).square()
-    squares = to_rows[:, None, :, None] + to_columns[:, None]
-    terms = torch.xlogy(squares, squares) * rows.new_tensor(weights)
-    return terms.sum((2, 3)) + (1 - two * corner)
-
-
-def _bent_grid(turn: Tensor, offset: Tensor | None, height: int, width: int) -> Tensor:
-    """Return the places R (p - bump(p) o), (batch, height, width, 2), to read pixels from.
-
-    Without matrix products, which autocast would round: half precision misses the pixel.
-    """
-    like = dict(device=turn.device, dtype=turn.dtype)
-    rows, columns = (torch.linspace(-1, 1, size, **like) for size in (height, width))
-    along, down = turn[:, None, None].unbind(-1)
-    grid = along * columns[:, None] + down * rows[:, None, None]
-    if offset is None:
-        return grid
-    moved = (turn * offset[:, None].to(turn.dtype)).sum(-1)[:, None, None]
-    return torch.addcmul(grid, _bump(rows, columns)[..., None], moved, value=-1)
-
-# %% ../../nbs/diffusion/05_reface.ipynb #cell-014
 def make_reference(
     x: Float[Tensor, "batch channels height width"],  # pictures in [-1, 1]
     m: Float[Tensor, "batch 1 height width"],  # their masks, 1 = keep
@@ -151,7 +97,7 @@ def make_reference(
     p_elastic: float = 0.3,
 ) -> Float[Tensor, "batch channels h w"]:
     """Cut out what the masks remove and twist it at random; elsewhere 0, which is grey."""
-    _check_mask(m, x)
+    require_mask(x, m=m)
     cut = x * (1 - m)
     if size is not None:
         cut = F.interpolate(cut, (size, size), mode="bilinear", antialias=True)
@@ -162,9 +108,10 @@ def make_reference(
     if p_blur:
         blurred = F.avg_pool2d(cut, 5, stride=1, padding=2)
         cut = torch.where((u[2] < p_blur)[:, None, None, None], blurred, cut)
-    turn = _turns(u[0], u[1] if flip else None, degrees, height / width).to(cut.dtype)
+    mirror = u[1] if flip else None
+    turn = tiny_diffusion.turns(u[0], mirror, degrees, height / width).to(cut.dtype)
     offset = (u[4:] - 0.5).T * 0.75 * (u[3] < p_elastic)[:, None] if p_elastic else None
-    grid = _bent_grid(turn, offset, height, width)
+    grid = tiny_diffusion.bent_grid(turn, offset, height, width)
     return F.grid_sample(cut, grid, padding_mode="zeros", align_corners=True)
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-016
@@ -206,7 +153,7 @@ class ConditionMixer(nn.Module):
     ):
         super().__init__()
         _check_weights(weights, 3)
-        require_probability(p_drop=p_drop)
+        arguments.require_probability(p_drop=p_drop)
         self.weights, self.p_drop = tuple(weights), p_drop
         self.mapper = nn.Identity() if mapper is None else mapper
         self.source, self.target = nn.Linear(d_clip, dim), nn.Linear(d_clip, dim)
@@ -293,7 +240,7 @@ def noise_loss(
     """Return the mean squared error of the predicted noise at a random time for each sample."""
     times = len(model.alphas_cumprod)
     t = (draw_like(torch.rand, z0.shape[:1], z0, generator) * times).long().clamp(max=times - 1)
-    levels = table_levels(model.alphas_cumprod.to(z0.dtype))
+    levels = tiny_diffusion.table_levels(model.alphas_cumprod.to(z0.dtype))
     predict = lambda noisy, t: model(torch.cat([noisy, extra], dim=1), t, cond)  # noqa: E731
     return tiny_diffusion.noise_loss(predict, z0, t=t, levels=levels, generator=generator)
 
@@ -340,32 +287,29 @@ def reface_loss(
     If the model has `drop_condition(c, generator)`, it is applied to the condition of the noise
     term; with `encode(x)` and `decode(z)` it works on latents.
     """
-    _check_mask(m, x)
+    require_mask(x, m=m)
     sub = len(x) if sub is None else min(sub, len(x))
     if swap_refs and sub < 2:
         raise ValueError(f"swapped references need at least two samples, got {sub}")
-    require_between(1, len(model.alphas_cumprod), steps=steps)
     encode, decode = _coders(model)
     with torch.no_grad():  # the encoder is frozen
         z0, x_masked = encode(x), encode(x * m)
         extra = inpaint_input(z0, x_masked, m)[:, z0.shape[1] :]
     drop = getattr(model, "drop_condition", lambda cond, generator: cond)
     eps = noise_loss(model, z0, extra, drop(cond_fn(ref, x), generator), generator)
-    if not w_id and not w_perc:
-        none = eps.new_zeros(())
-        return {"total": eps, "eps": eps.detach(), "id": none, "perc": none}
-
-    x, m, ref, extra, z0 = (tensor[:sub] for tensor in (x, m, ref, extra, z0))
-    other = ref.flip(0) if swap_refs else ref
-    last = model.alphas_cumprod[-1].to(z0.dtype)
-    noise = draw_like(torch.randn, z0.shape, z0, generator).to(z0.dtype)
-    noisy = last.sqrt() * z0 + (1 - last).sqrt() * noise
-    estimates = ddim_chain(model, noisy, extra, cond_fn(other, x), steps, **chain)
-    estimates = decode(estimates.flatten(0, 1)).unflatten(0, (steps, sub))
-    with torch.no_grad():
-        identity = id_net(other)
-    terms = {"eps": eps, "id": identity_loss(id_net, estimates, m, identity)}
-    terms["perc"] = perceptual_loss(estimates, x, perc_fn)
+    terms = {"eps": eps, "id": eps.new_zeros(()), "perc": eps.new_zeros(())}
+    if w_id or w_perc:
+        x, m, ref, extra, z0 = (tensor[:sub] for tensor in (x, m, ref, extra, z0))
+        other = ref.flip(0) if swap_refs else ref
+        last = model.alphas_cumprod[-1].to(z0.dtype)
+        noise = draw_like(torch.randn, z0.shape, z0, generator).to(z0.dtype)
+        noisy = last.sqrt() * z0 + (1 - last).sqrt() * noise
+        estimates = ddim_chain(model, noisy, extra, cond_fn(other, x), steps, **chain)
+        estimates = decode(estimates.flatten(0, 1)).unflatten(0, (steps, sub))
+        with torch.no_grad():
+            identity = id_net(other)
+        terms["id"] = identity_loss(id_net, estimates, m, identity)
+        terms["perc"] = perceptual_loss(estimates, x, perc_fn)
     total = eps + w_id * terms["id"] + w_perc * terms["perc"]
     return {"total": total} | {name: term.detach() for name, term in terms.items()}
 
@@ -389,10 +333,9 @@ def swap(
     Evaluates the denoiser `steps` times a sample, twice that with guidance. A model with `encode`
     and `decode` works on latents.
     """
-    require_shape(*target.shape, source=source)
-    _check_mask(mask, target, "mask")
+    arguments.require_shape(*target.shape, source=source)
+    require_mask(target, mask=mask, source_mask=source_mask)
     ref_mask = mask if source_mask is None else source_mask
-    _check_mask(ref_mask, source, "source_mask")
     encode, decode = _coders(model)
     cond = model.condition(make_reference(source, ref_mask, augment=False), target)
     x_masked = encode(target * mask)
@@ -416,37 +359,16 @@ def face_mask(
     inpaint_ids: Sequence[int] = FACE_IDS,  # classes to fill
 ) -> Float[Tensor, "batch 1 height width"]:  # 1 = keep, 0 = fill
     """Turn a parsed face into the mask that removes the given classes."""
-    require_shape("batch", "height", "width", labels=labels)
+    arguments.require_shape("batch", "height", "width", labels=labels)
     removed = torch.isin(labels, torch.tensor(inpaint_ids, dtype=labels.dtype).to(labels.device))
     return (~removed)[:, None].float()
-
-
-def tps_warp_mask(
-    m: Float[Tensor, "batch 1 height width"],
-    offset: Float[Tensor, "batch 2"],  # (dx, dy) of the middle, 2 = the whole picture
-) -> Float[Tensor, "batch 1 height width"]:
-    """Bend masks by a thin-plate spline whose middle point moves by +offset; 8 points stay."""
-    _check_mask(m, m)
-    require_shape(m.shape[0], 2, offset=offset)
-    still = torch.eye(2, device=m.device, dtype=m.dtype)[None]
-    grid = _bent_grid(still, offset, *m.shape[2:])
-    bent = F.grid_sample(m, grid, padding_mode="border", align_corners=True)
-    return bent.clamp(0, 1)  # the four weights of an interpolation may sum to 1 + 1e-7
-
-
-def random_offsets(
-    m: Float[Tensor, "batch 1 height width"], generator: torch.Generator | None = None
-) -> Float[Tensor, "batch 2"]:
-    """Draw offsets for `tps_warp_mask`: (U - 1/2) s with s ~ U(1/2, 1), one s a mask."""
-    u = draw_like(torch.rand, (len(m), 3), m, generator)
-    return (u[:, :2] - 0.5) * (0.5 + 0.5 * u[:, 2:])
 
 
 class OneTokenMapper(nn.TransformerEncoder):
     """The release's Transformer, which runs on one token: pre-norm layers and a final LayerNorm."""
 
     def __init__(self, dim: int, depth: int = 5):
-        require_at_least_one(dim=dim, depth=depth)
+        arguments.require_at_least_one(dim=dim, depth=depth)
         options = dict(activation="gelu", batch_first=True, norm_first=True)
         layer = nn.TransformerEncoderLayer(dim, 1, 4 * dim, dropout=0.0, **options)
         super().__init__(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
@@ -480,18 +402,12 @@ def load_reface_weights(
     Raises ValueError for weights that are missing or do not fit. Frozen networks (CLIP, ArcFace,
     the encoder) are left: they come from their own releases.
     """
-    state, ours, found = state.get("state_dict", state), mixer.state_dict(), {}
+    state, found = state.get("state_dict", state), {}
     for name, value in state.items():
         if name.startswith(tuple(theirs for theirs, _ in OFFICIAL_NAMES)):
             for theirs, mine in OFFICIAL_NAMES:
                 name = name.replace(theirs, mine)
             found[name] = value.flatten() if name == "null" else value
-    if lost := ours.keys() - found:
-        raise ValueError(f"state lacks {len(lost)} weights of the condition, such as {min(lost)}")
-    if excess := found.keys() - ours:
-        raise ValueError(f"state has {len(excess)} weights in excess, such as {min(excess)}")
-    for name, value in found.items():
-        require_shape(*ours[name].shape, **{name: value})
-    mixer.load_state_dict(found)
+    load_exactly(mixer, found)
     prefix = "model.diffusion_model."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -973,9 +973,9 @@ def test_released_conditioning_is_loaded_under_its_official_names(wrapped):
 
 def test_a_release_that_does_not_fit_is_refused():
     mixer, state = ConditionMixer(8, 6, 10, 8, mapper=OneTokenMapper(8)), official_state()
-    with pytest.raises(ValueError, match=r"lacks 1 weights of the condition, such as source\.bias"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights, such as source\.bias"):
         load_reface_weights(mixer, {k: v for k, v in state.items() if k != "proj_out_source.bias"})
-    with pytest.raises(ValueError, match="has 12 weights in excess"):
+    with pytest.raises(ValueError, match="has in excess 12 weights"):
         load_reface_weights(mixer, official_state(depth=6))
     with pytest.raises(ValueError, match=r"identity\.weight must be \(8, 6\)"):
         load_reface_weights(mixer, state | {"ID_proj_out.weight": torch.zeros(8, 7)})
