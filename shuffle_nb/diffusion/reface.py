@@ -48,11 +48,6 @@ def inpaint_input(
         m = F.adaptive_avg_pool2d(m, z_t.shape[2:])
     return torch.cat([z_t, x_masked, m.to(z_t.dtype)], dim=1)
 
-# %% ../../nbs/diffusion/05_reface.ipynb #fe06b25f
-# The set-up holds these; they belong to this paper all the same.
-_all_ = ["ddim_coefficients", "ddim_step", "extend_input_layer", "guided", "id_retrieval",
-         "random_offsets", "released_table", "tps_warp_mask"]  # fmt: skip
-
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-010
 class MaskFamily(nn.Module):
     """Mask types that are shuffled over the pictures of a batch (reconstructed)."""
@@ -346,6 +341,10 @@ def swap(
     return mask * target + (1 - mask) * pictures if paste else pictures
 
 # %% ../../nbs/diffusion/05_reface.ipynb #cell-083
+# The set-up holds these; they belong to this paper all the same.
+_all_ = ["ddim_coefficients", "ddim_step", "extend_input_layer", "guided", "id_retrieval",
+         "random_offsets", "released_table", "tps_warp_mask"]  # fmt: skip
+
 FACE_IDS = (1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 17)  # skin, nose, eyes, brows, ears, mouth, neck
 MASK_TYPES = {  # classes of CelebAMask-HQ; the last two are reconstructed
     "face": FACE_IDS,
