@@ -422,7 +422,7 @@ def test_moments_at_finite_width(kind):
         if n < k:
             assert abs(mean[~chosen].mean() - mu0) < room
         if n > 1:
-            assert abs(raw.var(0)[ones == n].mean() / variance - 1) < 0.25
+            assert abs(raw.var(0)[ones == n].mean() / variance - 1) < 0.1
 
 
 def test_exact_on_every_input_of_six_bits():
