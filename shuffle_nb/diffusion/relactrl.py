@@ -19,36 +19,25 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from shuffle_nb.foundations.arguments import (
-    drawing_device,
-    require_at_least_one,
-    require_between,
-    require_divisible,
-    require_finite,
-    require_permutation,
-    require_shape,
-)
+from ..foundations import arguments
 from ..foundations.training import load_exactly
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #c6d4c1a3
-def _require_indices(size: int, **perms: Tensor) -> None:
-    """Check shape and type, which costs nothing; values are `require_permutation`'s business."""
-    require_shape(size, **perms)
-    for name, perm in perms.items():
-        if perm.dtype != torch.int64:
-            raise ValueError(f"{name} must hold indices of type int64, got {perm.dtype}")
+def _require_indices(size: int, perm: Tensor, name: str = "perm") -> None:
+    """Check shape and type, which costs nothing; `check_permutations` looks at values."""
+    arguments.require_shape(size, **{name: perm})
+    if perm.dtype != torch.int64:
+        raise ValueError(f"{name} must hold indices of type int64, got {perm.dtype}")
 
 
 def _settle(perm: Tensor | None, size: int, generator, device, shuffle: bool = True) -> Tensor:
     """Return what is given, or draw where the generator lives; without shuffle, the identity."""
-    if not shuffle:
-        if perm is not None:
-            raise ValueError("a permutation must be None: the shuffle is switched off")
-        return torch.arange(size, device=device)
-    if perm is None:
-        place = drawing_device(generator, device)
+    if not shuffle and perm is not None:
+        raise ValueError("a permutation must be None: the shuffle is switched off")
+    if shuffle and perm is None:
+        place = arguments.drawing_device(generator, device)
         return torch.randperm(size, generator=generator, device=place).to(device)
-    return perm
+    return torch.arange(size, device=device) if perm is None else perm
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-009
 def shuffle_2d(
@@ -58,8 +47,8 @@ def shuffle_2d(
 ) -> Num[Tensor, "batch_segments segment_length dim"]:  # segment s of b at b S + s
     """Shuffle all scalars of a group and cut them into segments; `perm` is trusted."""
     batch, length, dim = x.shape
-    require_divisible("segments", segments, tokens=length)
-    _require_indices(length * dim, perm=perm)
+    arguments.require_divisible("segments", segments, tokens=length)
+    _require_indices(length * dim, perm)
     shuffled = x.flatten(1).index_select(1, perm)  # = x.flatten(1)[:, perm]
     return shuffled.view(batch * segments, length // segments, dim)
 
@@ -74,7 +63,7 @@ def unshuffle_2d(
     dim = z.shape[-1]
     if z.shape[0] * z.shape[1] != batch * length:
         raise ValueError(f"z must hold {batch}*{length} tokens, got {tuple(z.shape)}")
-    _require_indices(length * dim, perm=perm)
+    _require_indices(length * dim, perm)
     flat = z.reshape(batch, length * dim)
     # Writing to the places that were read needs no inverse of the permutation.
     back = torch.zeros_like(flat).scatter_(1, perm.expand_as(flat), flat)
@@ -92,8 +81,8 @@ class ShuffleAttention(nn.Module):
         shuffle: bool = True,  # False: segments are plain windows of L/S tokens
     ):
         super().__init__()
-        require_divisible("num_heads", num_heads, dim=dim)
-        require_at_least_one(segments=segments)
+        arguments.require_divisible("num_heads", num_heads, dim=dim)
+        arguments.require_at_least_one(segments=segments)
         self.dim, self.num_heads, self.segments = dim, num_heads, segments
         self.shuffle = shuffle
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -104,15 +93,16 @@ class ShuffleAttention(nn.Module):
         perm: Int[Tensor, " scalars"] | None = None,  # None: drawn, if shuffle is on
         generator: torch.Generator | None = None,  # where it is drawn from
     ) -> Float[Tensor, "batch length dim"]:
-        require_shape("batch", "length", self.dim, x=x)
-        batch, length, dim = x.shape
-        perm = _settle(perm, length * dim, generator, x.device, self.shuffle)
-        return unshuffle_2d(self.attend(shuffle_2d(x, perm, self.segments)), perm, batch, length)
+        arguments.require_shape("batch", "length", self.dim, x=x)
+        perm = _settle(perm, x.shape[1] * self.dim, generator, x.device, self.shuffle)
+        z = self.attend(shuffle_2d(x, perm, self.segments))
+        return unshuffle_2d(z, perm, *x.shape[:2])
 
     def attend(self, z: Tensor) -> Tensor:
         """Multi-head self-attention within each of (windows, tokens, dim)."""
         heads = self.qkv(z).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2)
+        return self.proj(mixed.flatten(2))
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-019
 def mix_groups(
@@ -127,14 +117,14 @@ def mix_groups(
     mixed = torch.cat([attend(group, perm) for attend, group, perm in calls], dim=2)
     return torch.empty_like(mixed).index_copy_(2, channel_perm, mixed)
 
-# %% ../../nbs/diffusion/06_relactrl.ipynb #cell-020
+# %% ../../nbs/diffusion/06_relactrl.ipynb #cell-026
 def group_sizes(
     dim: int,  # d, a multiple of `multiple`
     groups: int,  # G
     multiple: int = 32,  # every size is a multiple of it
 ) -> list[int]:  # G sizes that sum to d
     """Cut `dim` channels into groups whose sizes are multiples of `multiple`, as even as can be."""
-    require_at_least_one(groups=groups, multiple=multiple)
+    arguments.require_at_least_one(groups=groups, multiple=multiple)
     least = groups * multiple
     if dim % multiple or dim < least:
         told = f"expected a multiple of {multiple}, at least {least}, got {dim}"
@@ -180,11 +170,11 @@ class TwoDimShuffleMixer(nn.Module):
         c: Float[Tensor, "batch length dim"],
         t_mod: Float[Tensor, "batch six_dim"],  # (B, 6 d), from the base's time embedding
         channel_perm: Int[Tensor, " dim"] | None = None,  # None: drawn
-        token_perms: Sequence[Tensor] | None = None,  # one (L d_g,) a group; None: drawn
+        token_perms: Sequence[Tensor | None] | None = None,  # one (L d_g,) a group; None: drawn
         generator: torch.Generator | None = None,  # where they are drawn from
     ) -> Float[Tensor, "batch length dim"]:
-        require_shape("batch", "length", self.dim, c=c)
-        require_shape(c.shape[0], 6 * self.dim, t_mod=t_mod)
+        arguments.require_shape("batch", "length", self.dim, c=c)
+        arguments.require_shape(c.shape[0], 6 * self.dim, t_mod=t_mod)
         modulation = self.table[:3] + t_mod.unflatten(1, (6, -1))[:, :3]
         shift, scale, gate = modulation[:, :, None].unbind(1)
         u = torch.addcmul(shift, self.norm(c), 1 + scale)
@@ -196,77 +186,69 @@ class TwoDimShuffleMixer(nn.Module):
     def mix(self, u: Tensor, channel_perm=None, token_perms=None, generator=None) -> Tensor:
         """Shuffle, attend and put back, without norm and residual."""
         drawn = self.draw_permutations(u.shape[1], generator, u.device, channel_perm, token_perms)
-        if self.shuffle:
-            self.check_permutations(u.shape[1], *drawn, values=False)
-        return mix_groups(self.attentions, u, *drawn)
+        channel_perm = _settle(drawn[0], self.dim, None, u.device, self.shuffle)
+        _require_indices(self.dim, channel_perm, "channel_perm")
+        return mix_groups(self.attentions, u, channel_perm, drawn[1])
 
     def draw_permutations(
         self, length: int, generator=None, device="cpu", channel_perm=None, token_perms=None
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:  # channel_perm, token_perms
-        """Draw what one call draws, to be passed to many calls. What is given is not drawn."""
-        channel_perm = _settle(channel_perm, self.dim, generator, device, self.shuffle)
-        if token_perms is None and self.shuffle:
-            token_perms = [_settle(None, length * n, generator, device) for n in self.sizes]
-        return channel_perm, token_perms or [None] * len(self.sizes)
+    ) -> tuple[Tensor | None, list[Tensor | None]]:  # channel_perm, token_perms
+        """Draw what one call draws, to be passed to many. What is given is not drawn."""
+        given = [channel_perm, *(token_perms or [None] * len(self.sizes))]
+        sizes = [self.dim, *(length * size for size in self.sizes)]
+        if len(given) != len(sizes):
+            told = f"{len(self.sizes)} permutations, got {len(token_perms)}"
+            raise ValueError(f"token_perms must hold {told}")
+        if self.shuffle:
+            pairs = zip(given, sizes, strict=True)
+            given = [_settle(perm, size, generator, device) for perm, size in pairs]
+        return given[0], given[1:]
 
-    def check_permutations(
-        self, length: int, channel_perm: Tensor, token_perms: Sequence[Tensor], values: bool = True
-    ) -> None:
-        """Raise ValueError unless they are permutations. `forward` trusts `values`: look once."""
-        require = require_permutation if values else _require_indices
-        require(self.dim, channel_perm=channel_perm)
-        wanted, got = len(self.sizes), len(token_perms)
-        if got != wanted:
-            raise ValueError(f"token_perms must hold {wanted} permutations, got {got}")
-        for group, (perm, size) in enumerate(zip(token_perms, self.sizes, strict=True)):
-            require(length * size, **{f"token_perms[{group}]": perm})
+    def check_permutations(self, length: int, channel_perm: Tensor, token_perms: Sequence) -> None:
+        """Raise ValueError unless they are permutations. `forward` trusts them: look once."""
+        _, perms = self.draw_permutations(length, None, "cpu", channel_perm, token_perms)
+        arguments.require_permutation(self.dim, channel_perm=channel_perm)
+        for group, (perm, size) in enumerate(zip(perms, self.sizes, strict=True)):
+            arguments.require_permutation(length * size, **{f"token_perms[{group}]": perm})
 
-# %% ../../nbs/diffusion/06_relactrl.ipynb #cell-026
+# %% ../../nbs/diffusion/06_relactrl.ipynb #36ab2546
 class ControlBlock(nn.Module):
-    """Zero projections around `update`, which subclasses replace."""
+    """Zero projections around a `mixer`, which subclasses add, or around nothing."""
 
     def __init__(self, dim: int, first: bool):
         super().__init__()
-        self.first = first
+        self.first, self.mixer = first, None
         self.before_proj, self.after_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
-
-    def update(self, c: Tensor, t_mod: Tensor, *shuffle) -> Tensor:
-        return c
 
     def forward(
         self,
         x: Float[Tensor, "batch length dim"],  # hidden state of the base
         c: Float[Tensor, "batch length dim"],  # control state
         t_mod: Float[Tensor, "batch six_dim"],  # time modulation
-        *shuffle,  # channel_perm, token_perms, generator of the mixer
+        *permutations,  # channel_perm and token_perms of a TwoDimShuffleMixer
     ) -> tuple[Tensor, Tensor]:  # the next control state, and what is injected
-        start = x + self.before_proj(c) if self.first else c + self.before_proj(x)
-        c = self.update(start, t_mod, *shuffle)
+        c = x + self.before_proj(c) if self.first else c + self.before_proj(x)
+        if self.mixer is not None:
+            c = self.mixer(c, t_mod, *permutations)
         return c, self.after_proj(c)
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-031
 class RelevanceControlBlock(ControlBlock):
-    """The light block: zero projections around a `TwoDimShuffleMixer`, which takes `options`."""
+    """The light block, around a `TwoDimShuffleMixer`, which takes `options`."""
 
     def __init__(self, dim: int, groups: int, first: bool, **options):
         super().__init__(dim, first)
         self.mixer = TwoDimShuffleMixer(dim, groups, **options)
 
-    def update(self, c: Tensor, t_mod: Tensor, *shuffle) -> Tensor:
-        return self.mixer(c, t_mod, *shuffle)
-
 
 class CopiedBlock(ControlBlock):
-    """The baseline: zero projections around a trainable copy of a block(c, t_mod) of the base."""
+    """The baseline, around a trainable copy of a block(c, t_mod) of the base."""
 
     def __init__(self, block: nn.Module, dim: int, first: bool):
         super().__init__(dim, first)
-        self.block = copy.deepcopy(block).requires_grad_(True)
-
-    def update(self, c: Tensor, t_mod: Tensor, *shuffle) -> Tensor:
-        return self.block(c, t_mod)
+        self.mixer = copy.deepcopy(block).requires_grad_(True)
 
 
 class RelaCtrl(nn.Module):
@@ -322,19 +304,25 @@ class RelaCtrl(nn.Module):
         token_perms: Sequence[Sequence[Tensor]] | None = None,  # a list for each control block
     ) -> Float[Tensor, "batch channels height width"]:
         """Return what the base's head returns. The values of given permutations are trusted."""
-        self._check(skip_position, channel_perms=channel_perms, token_perms=token_perms)
+        places = list(self.positions)
+        if skip_position not in (None, *places):
+            raise ValueError(f"skip_position must be one of {places}, got {skip_position}")
+        for name, given in (("channel_perms", channel_perms), ("token_perms", token_perms)):
+            if given is not None and len(given) != len(places):
+                told = f"one entry for each of {len(places)} control blocks, got {len(given)}"
+                raise ValueError(f"{name} must hold {told}")
         temb, t_mod = self.base.time(t)
         c = None if control is None else self.base.embed(control)
         x = self._run(self.base.blocks[0], self.base.embed(x), t_mod)
         injection = None
         for position, block in enumerate(self.base.blocks[1:]):
-            if c is not None and position in self.positions:
-                k = self.positions.index(position)
-                given = [perms and perms[k] for perms in (channel_perms, token_perms)]
+            if c is not None and position in places:
+                k, drawn = places.index(position), ()
                 mixer = getattr(self.controls[k], "mixer", None)
-                if mixer is not None and mixer.shuffle:  # drawn once, also where it is recomputed
-                    given = mixer.draw_permutations(c.shape[1], generator, c.device, *given)
-                c, injection = self._run(self.controls[k], x, c, t_mod, *given)
+                if isinstance(mixer, TwoDimShuffleMixer):  # drawn once, also where it is recomputed
+                    given = [perms and perms[k] for perms in (channel_perms, token_perms)]
+                    drawn = mixer.draw_permutations(c.shape[1], generator, c.device, *given)
+                c, injection = self._run(self.controls[k], x, c, t_mod, *drawn)
             elif not self.hold_skip:
                 injection = None
             if position == skip_position:
@@ -352,15 +340,6 @@ class RelaCtrl(nn.Module):
         """Draw what one pass draws: `model(x, t, control, **model.draw_permutations(L))`."""
         drawn = [b.mixer.draw_permutations(length, generator, device) for b in self.controls]
         return {"channel_perms": [d[0] for d in drawn], "token_perms": [d[1] for d in drawn]}
-
-    def _check(self, skip_position: int | None, **permutations) -> None:
-        at, wanted = list(self.positions), len(self.controls)
-        if skip_position not in (None, *at):
-            raise ValueError(f"skip_position must be one of {at}, got {skip_position}")
-        for name, value in permutations.items():
-            if value is not None and len(value) != wanted:
-                told = f"one entry for each of {wanted} control blocks, got {len(value)}"
-                raise ValueError(f"{name} must hold {told}")
 
 
 PIXART_POSITIONS = (0, 2, 3, 4, 5, 6, 7, 8, 9, 18, 19)  # of the release: 28 blocks of width 1152
@@ -380,8 +359,8 @@ def load_relactrl_weights(
 ) -> RelaCtrl:  # the same model, with hold_skip on, as those weights need it
     """Load the control branch of the authors' release. Raises ValueError for what does not fit."""
     state = state.get("state_dict", state)
-    branch = {name: value for name, value in state.items() if name.startswith("controlnet.")}
-    load_exactly(model.controls, {our_name(name): value for name, value in branch.items()})
+    branch = {our_name(name): state[name] for name in state if name.startswith("controlnet.")}
+    load_exactly(model.controls, branch)
     model.hold_skip = True
     return model
 
@@ -391,9 +370,9 @@ def relevance_score(
     control_error: Sequence[float] | Float[Tensor, " n"],  # H_i, larger is worse
 ) -> Float[Tensor, " n"]:  # in [0, 1]; 1: the layer that hurts most when it is skipped
     """Return the relevance score of each position; undefined where nothing varies."""
-    F_i, H_i = _as_score(quality, "quality"), _as_score(control_error, "control_error")
-    require_shape(len(F_i), control_error=H_i)
-    return (_scaled(F_i, "quality") + _scaled(H_i, "control_error")) / 2
+    F_i, H_i = _scaled(quality, "quality"), _scaled(control_error, "control_error")
+    arguments.require_shape(len(F_i), control_error=H_i)
+    return (F_i + H_i) / 2
 
 
 def select_layers(
@@ -401,21 +380,21 @@ def select_layers(
     k: int,  # how many positions get a control block
 ) -> list[int]:  # in increasing order
     """Return the k most relevant positions."""
-    ranked = _ranked(score)
-    require_between(1, len(ranked), k=k)
-    return sorted(ranked[:k])
+    arguments.require_between(1, len(score), k=k)
+    return sorted(_ranked(score)[:k])
 
 # %% ../../nbs/diffusion/06_relactrl.ipynb #cell-034
 def _as_score(values, name: str) -> Tensor:
     values = 1.0 * torch.as_tensor(values)  # whole numbers too
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{name} must hold one number a position, got {values.tolist()}")
-    require_finite(**{name: values})
+    arguments.require_finite(**{name: values})
     return values
 
 
-def _scaled(values: Tensor, name: str) -> Tensor:
+def _scaled(values, name: str) -> Tensor:
     """Map the least value to 0, the largest to 1."""
+    values = _as_score(values, name)
     low, high = values.aminmax()
     if low == high:
         raise ValueError(f"relevance is undefined: {name} is {low:g} everywhere")
@@ -434,11 +413,10 @@ def allocate_groups(
     """Give fewer, wider groups to more relevant layers: equal shares by rank, the rest the last."""
     if not choices:
         raise ValueError(f"choices must hold at least one number of groups, got {choices}")
-    ranked = _ranked(score)
-    share = len(ranked) // len(choices)
-    by_rank = [choice for choice in choices[:-1] for _ in range(share)]
-    by_rank += [choices[-1]] * (len(ranked) - len(by_rank))
-    return [groups for _, groups in sorted(zip(ranked, by_rank, strict=True))]
+    share, groups = len(score) // len(choices), [choices[-1]] * len(score)
+    for rank, position in enumerate(_ranked(score)[: share * (len(choices) - 1)]):
+        groups[position] = choices[rank // share]
+    return groups
 
 
 def count_params(module: nn.Module) -> int:  # numbers that training changes
@@ -446,14 +424,11 @@ def count_params(module: nn.Module) -> int:  # numbers that training changes
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def mixer_flops(
-    L: int,  # tokens
-    dim: int,  # d
-    groups: int,  # G
-    segments: int = 4,  # S
-    multiple: int = 32,
-) -> int:  # FLOPs of one image
-    """Return the FLOPs of the mixer's matrix products: 8 L sum d_g^2 + 4 L^2 d / S."""
-    require_divisible("segments", segments, L=L)
-    sizes = group_sizes(dim, groups, multiple)
-    return 8 * L * sum(size**2 for size in sizes) + 4 * L**2 * dim // segments
+def mixer_flops(L: int, dim: int, groups: int, segments: int = 4, multiple: int = 32) -> int:
+    """Return the FLOPs of the mixer's matrix products for one image of L tokens.
+
+    8 L sum d_g^2 for the linear maps, 4 L^2 d / S for the attention.
+    """
+    arguments.require_divisible("segments", segments, L=L)
+    squares = sum(size**2 for size in group_sizes(dim, groups, multiple))
+    return 8 * L * squares + 4 * L**2 * dim // segments
