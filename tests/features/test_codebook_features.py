@@ -637,6 +637,10 @@ def test_disabling_adds_up_and_leaves_k_codes(plain_python):
     layer.disable_codes([5, 6])  # the refused call left nothing behind
     layer(x)
     assert set(layer.last_ids.flatten().tolist()) == {7, 8}
+    layer.reset()
+    layer.codes.data[2, :6] = 0  # codes of length zero are never chosen: they do not count
+    with pytest.raises(ValueError, match="at least k=2 codes must stay enabled, got 1"):
+        layer.disable_codes([7, 8])
     with pytest.raises(ValueError, match=r"ids must be in 0..8"):
         layer.disable_codes([9])
     with pytest.raises(ValueError, match=r"group must be in 0\.\.2"):
@@ -854,6 +858,18 @@ def test_codes_of_a_wrapped_network_are_swapped():
     assert torch.equal(after[:, 2], find_codebooks(model)[name].last_ids[:, 2])
 
 
+def test_an_output_with_logits_is_read_as_hugging_face_models_give_it():
+    class Output:
+        def __init__(self, logits):
+            self.logits = logits
+
+    model, (source, target) = stand_in().eval(), torch.randint(0, 7, (2, 3, 5))
+    name = "gpt_neox.layers.1.mlp.output_codebook"
+    plain = swap_codes(model, source, target, name)
+    model.register_forward_hook(lambda _, args, logits: Output(logits))
+    assert torch.equal(swap_codes(model, source, target, name), plain)
+
+
 def test_adding_says_what_is_wrong(plain_python):
     model, options = stand_in(), {"dim": 12, "num_codes": 9}
     with pytest.raises(ValueError, match="names must be those of submodules, got 'mlp'"):
@@ -893,6 +909,18 @@ def test_a_released_checkpoint_is_read():
     assert not torch.equal(other(tokens), model(tokens))
     assert load_release(other, state) == ["gpt_neox.layers.0.attention.bias"]
     assert torch.equal(other(tokens), model(tokens))
+
+
+def test_a_release_of_many_heads_is_read_in_the_order_of_their_numbers():
+    model, place = stand_in(24, 1, places=False), "gpt_neox.layers.0.attention.dense"
+    other = copy.deepcopy(model)
+    books = [
+        add_codebooks(m, place, dim=24, num_codes=5, where="input", groups=12)
+        for m in (model, other)
+    ]
+    load_release(other, released(model))  # as text, head 10 comes before head 2
+    (ours,), (theirs,) = (found.values() for found in books)
+    assert torch.equal(theirs.codes, ours.codes)
 
 
 def test_a_release_that_does_not_fit_is_refused(plain_python):
