@@ -513,6 +513,11 @@ def test_a_box_that_is_not_found_again_is_not_taught():
     assert (trainer.pseudo_labels(scene_points())[0].weights == 0).all()
 
 
+def test_a_place_that_the_second_view_scores_zero_does_not_confirm_a_box():
+    scores = fixed_trainer().detect(scene_points())[0].scores
+    assert scores[0, :, 2].tolist() == [1, 1, 1, 0]  # the fourth is absent in both views
+
+
 def test_a_step_removes_and_shuffles_unlabelled_scenes_only():
     trainer = fixed_trainer()
     labelled = (scene_points(3)[:, :20], annotated(row(10, 0, 1.0), scenes=3))
@@ -602,6 +607,30 @@ def test_mining_needs_more_than_five_points_and_scores_above_high():
         inside_boxes(scenes, kept.boxes).sum(-2)[:, 0],
     )
     assert levels.tolist() == [2, 1]
+
+
+def test_mining_moves_the_annotations_along_with_the_second_view():
+    aside = 100 * torch.eye(7)[1]
+
+    class Follows(Fixed):
+        """Finds every box again in a scene that was moved aside."""
+
+        def detect(self, points):
+            found, moved = super().detect(points), points[..., 1].mean() > 50
+            return tuple(x._replace(boxes=x.boxes + aside * moved) for x in found)
+
+    kept = detections(*(row(10 * i, 0, 0.9, 0.8) for i in (1, 2, 3)))
+    student, teacher = Follows(kept), Follows(kept)
+    trainer = HSSDATrainer(
+        student,
+        teacher,
+        torch.optim.SGD(student.parameters(), 0.1),
+        THRESHOLDS.clone(),
+        second_view=lambda points, _: (points + aside[:4], lambda boxes: boxes + aside),
+    )
+    known = annotated(*(row(10 * i, 0, 1.0) for i in (1, 2, 3)))
+    trainer.mine((scene_points(), known), (scene_points(), None))
+    assert trainer.thresholds[0, 2].tolist() == pytest.approx([1, 1])  # not the default
 
 
 def test_too_few_matches_give_the_defaults():
