@@ -15,14 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from shuffle_nb.foundations.arguments import (
-    drawing_device,
-    require_at_least_one,
-    require_positive,
-    require_probability,
-    require_shape,
-)
-from .random_features import orthogonal_gaussian as orthogonal_rows
+from ..foundations import arguments
+from . import random_features
 
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #c1ef2b7a
 def orthogonal_gaussian(
@@ -34,8 +28,8 @@ def orthogonal_gaussian(
     """Draw rows, orthogonal in blocks of `dim`; ValueError for another scaling or size."""
     if scaling not in (0, 1):
         raise ValueError(f"scaling must be 0 or 1, got {scaling!r}")
-    lengths = ("chi", "sqrt_d")[scaling]
-    drawn = orthogonal_rows(rows, dim, scaling=lengths, generator=generator, dtype=torch.float64)
+    options = {"scaling": ("chi", "sqrt_d")[scaling], "generator": generator}
+    drawn = random_features.orthogonal_gaussian(rows, dim, dtype=torch.float64, **options)
     return drawn.to(torch.get_default_dtype())
 
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #91fbe1fa
@@ -49,10 +43,8 @@ def softmax_features(
     mask: Bool[Tensor, "*#batch n"] | None = None,  # True: a real key
 ) -> tuple[Float[Tensor, "*batch n m"], Float[Tensor, "*batch n_or_1 1"]]:
     """Return stabilised features and their logarithmic scale."""
-    _check_features(x, W, temp, eps, mask)
-    if not is_query and not x.shape[-2]:
-        raise ValueError(f"x must hold one key or more, got shape {tuple(x.shape)}")
-    t = _temperature(temp, x.shape[-1])
+    _check_features(x, W, is_query, mask)
+    t = _temperature(temp, eps, x.shape[-1])
     u = sqrt(t) * x @ W.mT
     exponent = torch.cat([u, -u], -1) if cosh else u
     m = exponent.shape[-1]
@@ -69,44 +61,33 @@ def softmax_features(
     return (phi if mask is None else phi * mask[..., None]), top
 
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #bfb6f5cd
-def _temperature(temp: float | None, dim: int) -> float:
+def _temperature(temp: float | None, eps: float, dim: int) -> float:
+    arguments.require_positive(temp=temp, eps=eps or None)  # eps may be 0
     return dim**-0.5 if temp is None else temp
-
-
-def _check_scales(temp: float | None, eps: float) -> None:
-    require_positive(temp=temp)
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
 
 
 def _check_mask(name: str, mask: Tensor | None, *shape) -> None:
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"{name} must be bool, True where a key counts, got {mask.dtype}")
-    require_shape(*shape, **{name: mask})
+    arguments.require_shape(*shape, **{name: mask})
 
 
-def _check_features(
-    x: Tensor, W: Tensor, temp: float | None, eps: float, mask: Tensor | None
-) -> None:
-    require_shape("rows", "E", W=W)
-    require_shape(..., "n", W.shape[-1], x=x)
-    _check_scales(temp, eps)
+def _check_features(x: Tensor, W: Tensor, is_query: bool, mask: Tensor | None) -> None:
+    arguments.require_shape("rows", "E", W=W)
+    arguments.require_shape(..., "n", W.shape[-1], x=x)
+    arguments.require_at_least_one(keys=None if is_query else x.shape[-2])
     _check_mask("mask", mask, ..., x.shape[-2])
 
 
 def _check_lengths(q: Tensor, k: Tensor, v: Tensor, axis: int) -> None:
+    before, after = q.shape[:axis], q.shape[axis + 1 : -1]
+    arguments.require_shape(*before, "S", *after, "E", k=k)
+    arguments.require_shape(*before, "S", *after, "D", v=v)
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim >= -axis:
-        raise ValueError(f"q, k and v must have the same number of dimensions, {shapes}")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must share the last dimension, {shapes}")
     if k.shape[axis] != v.shape[axis]:
         raise ValueError(f"v must have the same length as k, {shapes}")
-    if not k.shape[axis]:
-        raise ValueError(f"k must hold one key or more, {shapes}")
-    others = [x.shape[:axis] + x.shape[axis + 1 : -1] for x in (q, k, v)]
-    if not others[0] == others[1] == others[2]:
-        raise ValueError(f"q, k and v must have the same batch and heads, {shapes}")
 
 
 def _check_window(window: int) -> None:
@@ -115,10 +96,9 @@ def _check_window(window: int) -> None:
 
 
 def _check_clusters(q: Tensor, k: Tensor, n_hashes: int, cluster: int) -> None:
-    require_at_least_one(n_hashes=n_hashes, cluster=cluster)
-    (T, E), (S, width) = q.shape[-2:], k.shape[-2:]
-    if width != E:
-        raise ValueError(f"q and k must share the last dimension, got {E} and {width}")
+    arguments.require_at_least_one(n_hashes=n_hashes, cluster=cluster)
+    arguments.require_shape(..., "S", q.shape[-1], k=k)
+    T, S = q.shape[-2], k.shape[-2]
     if -(-T // cluster) != -(-S // cluster):
         told = f"{T} and {S} in clusters of {cluster}"
         raise ValueError(f"queries and keys give a different number of clusters: {told}")
@@ -160,7 +140,7 @@ def _dense_weights(q, k, support, features, t) -> Float[Tensor, "*batch T S"]:
     table = torch.where(support, exact, estimate * factor)
     return _divide(table, exact.sum(-1, keepdim=True) + rest)
 
-
+# %% ../../nbs/kernels/02_scatterbrain.ipynb #cbbc5740
 def scatterbrain_dense(
     q: Float[Tensor, "*batch T E"],
     k: Float[Tensor, "*batch S E"],
@@ -173,7 +153,7 @@ def scatterbrain_dense(
     _check_lengths(q, k, v, -2)
     _check_mask("mask", mask, ..., q.shape[-2], k.shape[-2])
     features = *softmax_features(q, W, True, temp), *softmax_features(k, W, False, temp)
-    return _dense_weights(q, k, mask, features, _temperature(temp, q.shape[-1])) @ v
+    return _dense_weights(q, k, mask, features, _temperature(temp, 0, q.shape[-1])) @ v
 
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #b0e9887d
 def local_support(T: int, S: int, w: int) -> Bool[Tensor, "T S"]:
@@ -206,12 +186,11 @@ def smyrf_clusters(
 ) -> tuple[Int[Tensor, "n_hashes *batch T"], Int[Tensor, "n_hashes *batch S"]]:
     """Order queries and keys along random directions; cluster = rank // `cluster`."""
     _check_clusters(q, k, n_hashes, cluster)
-    lifted = xbox_plus(q, k)
-    shape = lifted[0].shape[-1], n_hashes
+    lifted, shape = xbox_plus(q, k), (q.shape[-1] + 2, n_hashes)
     if directions is None:
-        home = drawing_device(generator, q.device)
+        home = arguments.drawing_device(generator, q.device)
         directions = torch.randn(shape, generator=generator, device=home)
-    require_shape(*shape, directions=directions)
+    arguments.require_shape(*shape, directions=directions)
     along = [x @ directions.to(q) for x in lifted]
     return tuple(x.argsort(stable=True, dim=-2).movedim(-1, 0) for x in along)
 
@@ -226,43 +205,27 @@ def cluster_mask(
     return (q_cluster[..., :, None] == k_cluster[..., None, :]).any(0)
 
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #e60c4687
-_Plan = namedtuple("_Plan", "T S left right size padded stretch")
+_Groups = namedtuple("_Groups", "queries keys back share support")
 
 
-class _Windows:
-    """Cuts (B, H, n, f) into blocks of queries, and the stretch of keys that each sees."""
-
-    def _cut(self, q: Tensor, k: Tensor) -> _Plan:
-        T, S, w = q.shape[2], k.shape[2], self.window
-        # What lies further left or right than all positions reaches no key.
-        left, right = min(w // 2, max(T - 1, 0)), min(w - 1 - w // 2, S - 1)
-        size = min(left + 1 + right, max(T, 1))  # queries of a block
-        padded = max(-(-T // size), 1) * size  # queries of all blocks
-        stretch = -(-(size + left + right) // 8) * 8  # keys that a block sees
-        return _Plan(T, S, left, right, size, padded, stretch)
-
-    def _queries(self, x: Tensor, plan: _Plan) -> Tensor:
-        """To (B, H, blocks, size, f); the last block is filled with zeros."""
-        return F.pad(x, (0, 0, 0, plan.padded - plan.T)).unflatten(2, (-1, plan.size))
-
-    def _keys(self, x: Tensor, plan: _Plan) -> Tensor:
-        """To (B, H, blocks, stretch, f), with zeros beyond the ends."""
-        after = plan.padded - plan.size + plan.stretch - plan.left - plan.S
-        return F.pad(x, (0, 0, plan.left, after)).unfold(2, plan.stretch, plan.size).mT
-
-    def _share(self, real: Tensor, plan: _Plan) -> Tensor:
-        """Which places of a stretch lie in the window, and hold a real key."""
-        offset = torch.arange(plan.stretch, device=real.device)
-        offset = offset - torch.arange(plan.size, device=real.device)[:, None]
-        band = (offset >= 0) & (offset <= plan.left + plan.right)
-        return band & (self._keys(real, plan).mT > 0)
-
-    def _back(self, x: Tensor, plan: _Plan) -> Tensor:
-        """Undo `_queries`: to (1, B, H, T, f)."""
-        return x.flatten(2, 3)[None, :, :, : plan.T]
-
-    def _support(self, plan: _Plan) -> Tensor:
-        return local_support(plan.T, plan.S, self.window)
+def _windows(T: int, S: int, w: int, device: torch.device) -> _Groups:
+    """Cut (B, H, n, f) into blocks of queries, and the keys that each sees."""
+    # What lies further left or right than all positions reaches no key.
+    left, right = min(w // 2, max(T - 1, 0)), min(w - 1 - w // 2, S - 1)
+    size = min(left + 1 + right, max(T, 1))  # queries of a block
+    padded = max(-(-T // size), 1) * size  # queries of all blocks
+    stretch = -(-(size + left + right) // 8) * 8  # keys that a block sees
+    beyond = padded - size + stretch - left - S
+    place, row = (torch.arange(count, device=device) for count in (stretch, size))
+    offset = place - row[:, None]
+    return _Groups(
+        # To (B, H, blocks, size or stretch, f), with zeros beyond the ends, and back.
+        queries=lambda x: F.pad(x, (0, 0, 0, padded - T)).unflatten(2, (-1, size)),
+        keys=lambda x: F.pad(x, (0, 0, left, beyond)).unfold(2, stretch, size).mT,
+        back=lambda x: x.flatten(2, 3)[None, :, :, :T],
+        share=lambda real: (offset >= 0) & (offset <= left + right) & (real > 0),
+        support=lambda: local_support(T, S, w),
+    )
 
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #ba29057b
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -273,59 +236,42 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return rows.unflatten(0, index.shape)
 
 
-_Orders = namedtuple("_Orders", "q k q_rank k_rank")
+def _sort(x: Tensor, order: Tensor, size: int) -> Tensor:
+    """To (hashes, B, H, clusters, size, f); the last cluster is filled with zeros."""
+    rows = _take(x.expand(*order.shape[1:], -1), order)
+    return F.pad(rows, (0, 0, 0, -rows.shape[3] % size)).unflatten(3, (-1, size))
 
 
-class _Clusters:
-    """Cuts (B, H, n, f) into the clusters of all hashes, by the same functions."""
-
-    def _cut(self, q: Tensor, k: Tensor) -> _Orders:
-        size, rows = self.cluster_size, self.directions
-        orders = smyrf_clusters(q, k, self.n_hashes, size, directions=rows)
-        return _Orders(*orders, *(order.argsort(-1) for order in orders))
-
-    def _sort(self, x: Tensor, order: Tensor) -> Tensor:
-        """To (hashes, B, H, clusters, size, f); the last cluster is filled with zeros."""
-        size, x = self.cluster_size, _take(x.expand(*order.shape[1:], -1), order)
-        return F.pad(x, (0, 0, 0, -x.shape[3] % size)).unflatten(3, (-1, size))
-
-    def _queries(self, x: Tensor, orders: _Orders) -> Tensor:
-        return self._sort(x, orders.q)
-
-    def _keys(self, x: Tensor, orders: _Orders) -> Tensor:
-        return self._sort(x, orders.k)
-
-    def _share(self, real: Tensor, orders: _Orders) -> Tensor:
-        """One over the number of hashes that find a pair; 0 for padding."""
-        q_in = self._sort((orders.q_rank // self.cluster_size).movedim(0, -1), orders.q)
-        k_in = self._sort((orders.k_rank // self.cluster_size).movedim(0, -1), orders.k)
-        hits = sum(q_in[..., [h]] == k_in[..., [h]].mT for h in range(self.n_hashes))
-        return self._sort(real, orders.k).mT / hits.clamp(min=1)
-
-    def _back(self, x: Tensor, orders: _Orders) -> Tensor:
-        """Undo `_queries`, hash by hash: to (hashes, B, H, T, f)."""
-        return _take(x.flatten(3, 4), orders.q_rank)
-
-    def _support(self, orders: _Orders) -> Tensor:
-        return cluster_mask(orders.q, orders.k, self.cluster_size)
+def _clusters(q_order: Tensor, k_order: Tensor, size: int) -> _Groups:
+    """Cut (B, H, n, f) into the clusters of all hashes, and back, hash by hash."""
+    q_rank, k_rank = q_order.argsort(-1), k_order.argsort(-1)
+    q_in = _sort((q_rank // size).movedim(0, -1), q_order, size)
+    k_in = _sort((k_rank // size).movedim(0, -1), k_order, size)
+    hits = sum(q_in[..., [h]] == k_in[..., [h]].mT for h in range(len(q_order))).clamp(min=1)
+    return _Groups(
+        queries=lambda x: _sort(x, q_order, size),
+        keys=lambda x: _sort(x, k_order, size),
+        back=lambda x: _take(x.flatten(3, 4), q_rank),
+        share=lambda real: real / hits,  # a pair that several hashes find counts once
+        support=lambda: cluster_mask(q_order, k_order, size),
+    )
 
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #6a73f292
-def _attend(module, q, k, v, features, cut, real) -> Float[Tensor, "B H T D"]:
-    """Replace the estimate in the groups into which the module cuts queries and keys."""
+def _attend(groups, q, k, v, features, real, temp, dropout) -> Float[Tensor, "B H T D"]:
+    """Replace the estimate in the groups into which queries and keys are cut."""
     phi_q, log_q, phi_k, log_k = features
-    share = module._share(real, cut)
-    logits = module.temp * module._queries(q, cut) @ module._keys(k, cut).mT
+    share = groups.share(groups.keys(real).mT)  # 0 for padding
+    logits = temp * groups.queries(q) @ groups.keys(k).mT
     logits = logits.masked_fill(share == 0, -torch.inf)
-    estimate = module._queries(phi_q, cut) @ module._keys(phi_k, cut).mT * share
-    top = module._back(logits.detach().amax(-1, keepdim=True), cut).amax(0)
-    covered = module._back(estimate.sum(-1, keepdim=True), cut).sum(0)
+    estimate = groups.queries(phi_q) @ groups.keys(phi_k).mT * share
+    top = groups.back(logits.detach().amax(-1, keepdim=True)).amax(0)
+    covered = groups.back(estimate.sum(-1, keepdim=True)).sum(0)
     mass = phi_q @ phi_k.sum(-2)[..., None]
     c, factor, rest = _balance(top, covered, mass, log_q + log_k)
-    exact = torch.exp(logits - module._queries(c, cut)) * share
-    inside = module.dropout(exact) - estimate * module._queries(factor, cut)
-    out = module._back(inside @ module._keys(v, cut), cut).sum(0)
-    out = out + phi_q @ (phi_k.mT @ v) * factor
-    return _divide(out, module._back(exact.sum(-1, keepdim=True), cut).sum(0) + rest)
+    exact = torch.exp(logits - groups.queries(c)) * share
+    inside = dropout(exact) - estimate * groups.queries(factor)
+    out = groups.back(inside @ groups.keys(v)).sum(0) + phi_q @ (phi_k.mT @ v) * factor
+    return _divide(out, groups.back(exact.sum(-1, keepdim=True)).sum(0) + rest)
 
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #f30fe903
 class _Scatterbrain(nn.Module):
@@ -333,15 +279,14 @@ class _Scatterbrain(nn.Module):
 
     def __init__(self, dim_head, n_features, temp, dropout, eps, generator):
         super().__init__()
-        require_at_least_one(dim_head=dim_head)
-        _check_scales(temp, eps)
-        require_probability(dropout=dropout)
+        arguments.require_at_least_one(dim_head=dim_head)
+        arguments.require_probability(dropout=dropout)
         if n_features is None:
             n_features = max(2, int(dim_head * log(dim_head)) // 2 * 2)
         if not isinstance(n_features, int) or n_features < 2 or n_features % 2:
             raise ValueError(f"n_features must be an even number >= 2, got {n_features!r}")
         self.dim_head, self.dropout, self.eps = dim_head, nn.Dropout(dropout), eps
-        self.temp = _temperature(temp, dim_head)
+        self.temp = _temperature(temp, eps, dim_head)
         self.register_buffer("W", orthogonal_gaussian(n_features // 2, dim_head, 0, generator))
 
     @torch.no_grad()
@@ -358,8 +303,8 @@ class _Scatterbrain(nn.Module):
         need_weights: bool = False,  # also (B, H, T, S): the whole table, before dropout
     ) -> Float[Tensor, "B T H D"] | tuple[Float[Tensor, "B T H D"], Float[Tensor, "B H T S"]]:
         """Attend without a causal mask. Half precision is computed in float32."""
+        arguments.require_shape("B", "T", "H", self.dim_head, q=q)
         _check_lengths(q, k, v, -3)
-        require_shape("B", "T", "H", self.dim_head, q=q)
         _check_mask("key_padding_mask", key_padding_mask, *k.shape[:2])
         dtype, wide = v.dtype, torch.promote_types(q.dtype, torch.float32)
         mask = None if key_padding_mask is None else key_padding_mask[:, None]
@@ -368,19 +313,19 @@ class _Scatterbrain(nn.Module):
             q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
             if mask is not None:  # whatever stands in padding, NaN included, counts nothing
                 k, v = (x.masked_fill(~real[..., None], 0) for x in (k, v))
-            W, options = self.W.to(wide), (self.temp, self.eps)
-            of_q = softmax_features(q, W, True, *options)
-            features = *of_q, *softmax_features(k, W, False, *options, mask=mask)
-            cut = self._cut(q, k)
-            out = _attend(self, q, k, v, features, cut, real[..., None].to(wide))
+            W, temp, eps = self.W.to(wide), self.temp, self.eps
+            of_q = softmax_features(q, W, True, temp, eps)
+            features = *of_q, *softmax_features(k, W, False, temp, eps, mask=mask)
+            groups, seen = self._groups(q, k), real[..., None].to(wide)
+            out = _attend(groups, q, k, v, features, seen, temp, self.dropout)
             out = out.transpose(1, 2).to(dtype)
             if not need_weights:
                 return out
-            support = self._support(cut).to(q.device) & real[..., None, :]
-            return out, _dense_weights(q, k, support, features, self.temp).to(dtype)
+            support = groups.support().to(q.device) & real[..., None, :]
+            return out, _dense_weights(q, k, support, features, temp).to(dtype)
 
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #81bb7047
-class ScatterbrainLocalAttention(_Windows, _Scatterbrain):
+class ScatterbrainLocalAttention(_Scatterbrain):
     """Exact attention in a window, an estimate elsewhere; linear in the length."""
 
     def __init__(
@@ -397,8 +342,11 @@ class ScatterbrainLocalAttention(_Windows, _Scatterbrain):
         _check_window(window)
         self.window = window
 
+    def _groups(self, q: Tensor, k: Tensor) -> _Groups:
+        return _windows(q.shape[2], k.shape[2], self.window, q.device)
+
 # %% ../../nbs/kernels/02_scatterbrain.ipynb #3538310d
-class ScatterbrainLSHAttention(_Clusters, _Scatterbrain):
+class ScatterbrainLSHAttention(_Scatterbrain):
     """Exact attention inside the clusters of several hashes, an estimate elsewhere."""
 
     def __init__(
@@ -413,8 +361,12 @@ class ScatterbrainLSHAttention(_Clusters, _Scatterbrain):
         generator: torch.Generator | None = None,
     ):
         super().__init__(dim_head, n_features, temp, dropout, eps, generator)
-        require_at_least_one(n_hashes=n_hashes, cluster_size=cluster_size)
+        arguments.require_at_least_one(n_hashes=n_hashes, cluster_size=cluster_size)
         self.n_hashes, self.cluster_size = n_hashes, cluster_size
         home = getattr(generator, "device", None)
         drawn = torch.randn(dim_head + 2, n_hashes, generator=generator, device=home)
         self.register_buffer("directions", drawn)
+
+    def _groups(self, q: Tensor, k: Tensor) -> _Groups:
+        size, rows = self.cluster_size, self.directions
+        return _clusters(*smyrf_clusters(q, k, self.n_hashes, size, None, rows), size)

@@ -1,7 +1,5 @@
 """Answers to the exercises of random-feature attention that their checks must reject."""
 
-import math
-
 from shuffle_nb.kernels.random_feature_attention import arccos1, augment
 
 
@@ -29,15 +27,3 @@ def check_one_key__no_gate(x, z):
 
 def check_one_key__no_bias(x, z):
     return arccos1((x[0] @ z[0]) * (x[1] @ z[1])) * (x[1] @ z[1])
-
-
-def check_std__the_variance(d):
-    return 1 / (d + 1) ** 2
-
-
-def check_std__as_on_the_unit_sphere(d):
-    return 0.5
-
-
-def check_std__root(d):
-    return 1 / math.sqrt(d + 1)
