@@ -14,6 +14,7 @@ from shuffle_nb.shuffles.token_shuffle import (
     TokenShuffleAR,
     TokenUnshuffle,
     cfg_schedule,
+    draw_codes,
     token_shuffle,
     token_unshuffle,
     transformer_flops,
@@ -268,6 +269,14 @@ def test_half_precision_at_a_small_temperature_is_greedy(temperature):
     model.half()
     drawn = model.generate(torch.tensor([0]), temperature=temperature)
     assert torch.equal(drawn, model.generate(torch.tensor([0]), temperature=0))
+
+
+def test_codes_of_half_precision_logits_are_drawn_in_single_precision():
+    logits = torch.randn(4, 20_000, 64, generator=torch.Generator().manual_seed(0)).half()
+    drawn = (
+        draw_codes(x, 1.0, None, torch.Generator().manual_seed(1)) for x in (logits, logits.float())
+    )
+    assert torch.equal(*drawn)
 
 
 def test_top_k_keeps_exactly_k_codes_also_where_logits_are_equal():
