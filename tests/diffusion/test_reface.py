@@ -1,5 +1,6 @@
 """REFace: masks and references, the condition, the differentiable chain, the loss, the swap."""
 
+import inspect
 import math
 
 import pytest
@@ -146,6 +147,7 @@ def test_face_mask_removes_the_given_labels_and_keeps_the_others():
         assert m.shape == (1, 1, 1, 19), name
         assert m.flatten().tolist() == [0.0 if i in ids else 1.0 for i in range(19)]
     assert set(FACE_IDS) == {1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 17}
+    assert set(MASK_TYPES["head"]) - set(FACE_IDS) == {3, 13, 14, 15}
     assert torch.equal(face_mask(labels), face_mask(labels, FACE_IDS))
     assert face_mask(labels, ()).min() == 1
 
@@ -647,6 +649,39 @@ def test_own_reference_and_perfect_network_give_identity_loss_zero():
     assert losses["id"] < 1e-12 and losses["perc"] < 1e-12 and losses["eps"] < 1e-12
     swapped = reface_loss(Oracle(x), pixels, x, m, ref, lambda r, t: None, generator=seeded())
     assert swapped["id"] > 0.1
+
+
+def test_the_chain_starts_from_the_picture_noised_to_the_last_time():
+    model, (x, m, ref) = Tiny(), batch(dtype=torch.float64)
+    starts = []
+
+    def told(z9, t, c):
+        starts.append((z9[:, :1], t))
+        return z9[:, :1]
+
+    told.alphas_cumprod = model.alphas_cumprod.double()
+    for shown in (x, -x):  # the same noise on another picture
+        given = (pixels, shown, m, ref, lambda ref, target: None, 2)
+        reface_loss(told, *given, generator=seeded())
+    (first, t), (second, _) = starts[1], starts[4]  # the noise term asks once before the chain
+    assert t.tolist() == [999] * 3
+    last = told.alphas_cumprod[-1]
+    torch.testing.assert_close(first - second, 2 * last.sqrt() * x)
+    assert (first + second).std().item() / 2 == pytest.approx((1 - last).sqrt().item(), rel=0.15)
+
+
+def test_defaults_are_the_papers():
+    def defaults(function):
+        parameters = inspect.signature(function).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    loss, sampler, reference = (defaults(f) for f in (reface_loss, swap, make_reference))
+    assert (loss["steps"], loss["w_id"], loss["w_perc"]) == (4, 0.3, 0.1)
+    assert loss["swap_refs"] is True
+    assert (sampler["steps"], sampler["guidance"], sampler["paste"]) == (50, 3.5, False)
+    strengths = {name: reference[name] for name in ("flip", "degrees", "p_blur", "p_elastic")}
+    assert strengths == {"flip": True, "degrees": 20.0, "p_blur": 0.3, "p_elastic": 0.3}
+    assert defaults(ConditionMixer)["p_drop"] == 0.2
 
 
 def test_loss_is_the_weighted_sum_and_shows_its_terms():
