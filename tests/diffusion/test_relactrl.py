@@ -397,8 +397,8 @@ class PixArt(nn.Module):
 def test_places_and_groups_of_the_release_and_how_its_mixer_starts():
     assert OFFICIAL_POSITIONS == (0, 2, 3, 4, 5, 6, 7, 8, 9, 18, 19)
     assert OFFICIAL_GROUPS == (6, 2, 6, 4, 2, 2, 4, 4, 6, 6, 6)
-    mixer = TwoDimShuffleMixer(dim=1152)
-    assert mixer.sizes == [192] * 6 and mixer.segments == 4
+    mixer = TwoDimShuffleMixer()
+    assert mixer.sizes == [192] * 6 and mixer.segments == 4 and mixer.shuffle
     assert mixer.table.std().item() == pytest.approx(1152**-0.5, rel=0.05)
 
 
