@@ -277,10 +277,10 @@ def rfmlp_kernel(
     return _relu_pair(x @ z.T, x.norm(dim=1)[:, None], z.norm(dim=1))
 
 # %% ../../nbs/kernels/03_random_feature_attention.ipynb #35838213
-TARGETS = {  # name -> mean over keys of this; the match is <x_0, S x_i>, along is <beta, x_i>
-    "average": lambda match, along, p: along**p,
-    "correlation": lambda match, along, p: match**p * along,
-    "matrix": lambda match, along, p: match**p,
+TARGETS = {  # name -> mean over keys of this
+    "average": lambda x0, xi, S, beta, p: (xi @ beta) ** p,
+    "correlation": lambda x0, xi, S, beta, p: (x0 @ S @ xi.mT)[:, 0] ** p * (xi @ beta),
+    "matrix": lambda x0, xi, S, beta, p: (x0 @ S @ xi.mT)[:, 0] ** p,
 }
 
 
@@ -300,13 +300,12 @@ def target(
     options = {"generator": generator, "device": arguments.drawing_device(generator, "cpu")}
     beta = torch.randn(d, dtype=torch.float64, **options)
     signs = 2.0 * torch.randint(0, 2, (d, d), **options) - 1
-    S = (1 - gamma) * torch.eye(d).to(beta) + gamma * signs
+    S = (1 - gamma) * torch.eye(d, dtype=beta.dtype, device=beta.device) + gamma * signs
     beta = beta / beta.norm()
 
     def labels(x: Tensor) -> Tensor:
         _require_tokens(d, x=x)
-        match = (x[:, :1] @ S.to(x) @ x[:, 1:].mT)[:, 0]
-        return TARGETS[name](match, x[:, 1:] @ beta.to(x), p).mean(1)
+        return TARGETS[name](x[:, :1], x[:, 1:], S.to(x), beta.to(x), p).mean(1)
 
     return labels
 

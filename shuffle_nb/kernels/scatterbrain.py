@@ -247,12 +247,13 @@ def _clusters(q_order: Tensor, k_order: Tensor, size: int) -> _Groups:
     q_rank, k_rank = q_order.argsort(-1), k_order.argsort(-1)
     q_in = _sort((q_rank // size).movedim(0, -1), q_order, size)
     k_in = _sort((k_rank // size).movedim(0, -1), k_order, size)
-    hits = sum(q_in[..., [h]] == k_in[..., [h]].mT for h in range(len(q_order))).clamp(min=1)
     return _Groups(
         queries=lambda x: _sort(x, q_order, size),
         keys=lambda x: _sort(x, k_order, size),
         back=lambda x: _take(x.flatten(3, 4), q_rank),
-        share=lambda real: real / hits,  # a pair that several hashes find counts once
+        share=lambda real: (  # a pair that several hashes find counts once
+            real / sum(q_in[..., [h]] == k_in[..., [h]].mT for h in range(len(q_in))).clamp(min=1)
+        ),
         support=lambda: cluster_mask(q_order, k_order, size),
     )
 
