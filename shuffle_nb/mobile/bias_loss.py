@@ -87,7 +87,7 @@ def normalize_variance(
     running_min: Float[Tensor, ""] | None = None,  # m, with this batch; None: its own
     mode: str = "global",  # "local" ignores running_min
 ) -> Float[Tensor, " batch"]:  # 0 for the flattest; if local, 1 for the most diverse
-    """Scale variances by the range of the batch; one within rounding error gives zeros.
+    """Scale variances by the batch's range; one of mere rounding errors gives zeros.
 
     Raises ValueError for an unknown mode or a `v` that is not (N,).
     """
@@ -178,7 +178,7 @@ class BiasLoss(RunningMinimum):
         self,
         alpha: float = 0.3,  # steepness of the weight
         beta: float = 0.3,  # offset of the weight
-        mode: str = "global",  # zero is the smallest variance ever; "local": here
+        mode: str = "global",  # zero is the smallest variance ever; "local": in the batch
         reduction: str = "mean",  # over N; or "sum", "none"
     ):
         super().__init__()

@@ -113,6 +113,11 @@ def test_ratio_at_the_defaults():
     assert high / low == pytest.approx(1.49980, abs=1e-5)
 
 
+def test_the_exponent_is_cut_off():
+    weights = bias_weight(torch.tensor([60.0, 1e6], dtype=torch.float64))
+    assert weights.tolist() == pytest.approx([math.exp(18) - 0.3, math.exp(20) - 0.3])
+
+
 @settings(deadline=None)
 @given(SEEDS, st.integers(2, 12), STRENGTHS)
 def test_local_weights_fill_their_range_and_rise_with_the_variance(seed, number, strength):
@@ -597,11 +602,12 @@ def test_an_empty_batch_is_refused():
         BiasLoss()(*empty)
 
 
+@pytest.mark.parametrize("piece", [130, 7])  # two images of 60 values at a time; less than one
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_pieces_give_the_variance_of_the_whole(dtype, monkeypatch):
+def test_pieces_give_the_variance_of_the_whole(dtype, piece, monkeypatch):
     features = torch.randn(9, 5, 4, 3, dtype=torch.float64).to(dtype)
     whole = bias_loss_module.feature_variance(features)
-    monkeypatch.setattr(bias_loss_module, "PIECE", 130)  # two images at a time
+    monkeypatch.setattr(bias_loss_module, "PIECE", piece)
     assert torch.equal(bias_loss_module.feature_variance(features), whole)
 
 

@@ -143,6 +143,8 @@ def test_a_classifier_gives_its_last_maps_on_demand():
     assert torch.equal(logits, network.linear(features.mean((2, 3))))
     assert torch.equal(network(x), logits) and logits.shape == (2, 3)
     assert sum(p.numel() for p in small_classifier().parameters()) == 3778
+    strides = [layer.stride[0] for layer in network.layers if isinstance(layer, nn.Conv2d)]
+    assert strides == [1, 2, 1] and (features >= 0).all()
 
 
 def test_shifts_and_mirrors_move_pixels_and_change_none():
@@ -156,3 +158,13 @@ def test_shifts_and_mirrors_move_pixels_and_change_none():
     assert torch.equal(
         shift_and_mirror(images[:1].sum(3, keepdim=True), 0), images[:1].sum(3, True)
     )
+
+
+def test_a_batch_is_shifted_each_way():
+    torch.manual_seed(0)
+    image = torch.zeros(1, 1, 5, 5)
+    image[..., 2, 2] = 1  # in the middle: mirroring leaves it there
+    found = {
+        tuple(shift_and_mirror(image, pixels=1)[0, 0].nonzero()[0].tolist()) for _ in range(99)
+    }
+    assert found == {(row, column) for row in (1, 2, 3) for column in (1, 2, 3)}
