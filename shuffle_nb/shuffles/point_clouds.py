@@ -993,7 +993,7 @@ def shifted_view(points: Tensor, generator=None):
     return move(points), move
 
 
-def digit_world(seed: int, num_labelled: int) -> World:
+def digit_world(seed: int, num_labelled: int, num_test: int = 60) -> World:
     """Scenes of digits; the digits are split 30, 40 and 30 % before any scene is made."""
     generator = torch.Generator().manual_seed(seed)
     from shuffle_nb.foundations.datasets import digits
@@ -1009,7 +1009,7 @@ def digit_world(seed: int, num_labelled: int) -> World:
         for share, part in zip(shares, own.tensor_split(cuts), strict=True):
             share.append(part)
     scenes = []
-    for share, count in zip(shares, (num_labelled, 96, 60), strict=True):
+    for share, count in zip(shares, (num_labelled, 96, num_test), strict=True):
         labels = torch.arange(5).repeat_interleave(torch.tensor([len(part) for part in share]))
         scenes.append(make_scenes(torch.cat(share), labels, count, generator))
     whole = (0.0, 48.0)
