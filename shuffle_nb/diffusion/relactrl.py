@@ -194,7 +194,8 @@ class TwoDimShuffleMixer(nn.Module):
         self, length: int, generator=None, device="cpu", channel_perm=None, token_perms=None
     ) -> tuple[Tensor | None, list[Tensor | None]]:  # channel_perm, token_perms
         """Draw what one call draws, to be passed to many. What is given is not drawn."""
-        given = [channel_perm, *(token_perms or [None] * len(self.sizes))]
+        token_perms = [None] * len(self.sizes) if token_perms is None else token_perms
+        given = [channel_perm, *token_perms]
         sizes = [self.dim, *(length * size for size in self.sizes)]
         if len(given) != len(sizes):
             told = f"{len(self.sizes)} permutations, got {len(token_perms)}"
@@ -206,8 +207,8 @@ class TwoDimShuffleMixer(nn.Module):
 
     def check_permutations(self, length: int, channel_perm: Tensor, token_perms: Sequence) -> None:
         """Raise ValueError unless they are permutations. `forward` trusts them: look once."""
-        _, perms = self.draw_permutations(length, None, "cpu", channel_perm, token_perms)
         arguments.require_permutation(self.dim, channel_perm=channel_perm)
+        _, perms = self.draw_permutations(length, None, "cpu", channel_perm, token_perms)
         for group, (perm, size) in enumerate(zip(perms, self.sizes, strict=True)):
             arguments.require_permutation(length * size, **{f"token_perms[{group}]": perm})
 

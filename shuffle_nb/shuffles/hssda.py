@@ -381,14 +381,16 @@ class HSSDATrainer(PseudoLabeller):
         return losses
 
     PARTS = ("student", "teacher", "optimizer")
+    VALUES = ("thresholds", "steps", "teacher_is_behind")
 
     def state_dict(self) -> dict:
         """Return all that the next step depends on, except the generator."""
-        values = {name: vars(self)[name] for name in ("thresholds", "steps", "teacher_is_behind")}
-        return values | {name: vars(self)[name].state_dict() for name in self.PARTS}
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return parts | {name: getattr(self, name) for name in self.VALUES}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a `state_dict`."""
         for name in self.PARTS:
-            vars(self)[name].load_state_dict(state[name])
-        vars(self).update({name: state[name] for name in state.keys() - self.PARTS})
+            getattr(self, name).load_state_dict(state[name])
+        for name in self.VALUES:
+            setattr(self, name, state[name])

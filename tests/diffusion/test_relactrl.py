@@ -929,6 +929,14 @@ class TestBadInput:
                 "token_perms must hold 2 permutations, got 1",
             ),
             (
+                lambda: block_of()(torch.zeros(1, 4, 64), torch.zeros(1, 384), None, []),
+                "token_perms must hold 2 permutations, got 0",
+            ),
+            (
+                lambda: block_of().check_permutations(4, torch.arange(64), []),
+                "token_perms must hold 2 permutations, got 0",
+            ),
+            (
                 lambda: block_of().check_permutations(
                     4, torch.arange(64), [torch.arange(128), longs(*[0] * 128)]
                 ),
